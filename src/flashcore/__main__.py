@@ -1,0 +1,3 @@
+from flashcore.cli import main
+
+main()
