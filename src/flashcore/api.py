@@ -1,0 +1,223 @@
+"""The public functions: names, defaults and documentation. What happens behind them is decided elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from flashcore import ops, torch_backend
+from flashcore.errors import ArgumentTypeError, ArgumentValueError, UnsupportedError
+from flashcore.plan import Plan, check_impl
+from flashcore.runtime import engine
+from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Sequence[int] | None = None,
+    softcap: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q k^T) v, fused, with FlashAttention's conventions (Dao 2023, arXiv:2307.08691).
+
+    Causal, window and mask combine as an intersection; softcap applies to the scaled score, before an additive mask. A row
+    with nothing to attend gives output 0 and lse -inf. A key or value that no query may attend never reaches the output,
+    NaN and inf included; a NaN in a value that some rows attend may reach other rows of the same tile.
+
+    Args:
+        q: (B, Sq, Hq, D) for layout "bshd", (B, Hq, Sq, D) for "bhsd"; float16, bfloat16 or float32.
+        k: (B, Sk, Hk, D) or (B, Hk, Sk, D), where Hk divides Hq (GQA, MQA).
+        v: (B, Sk, Hk, Dv) or (B, Hk, Sk, Dv). D and Dv from 1 to 256. Any strides; our kernels want stride 1 in the last
+            dimension and never copy.
+        causal: row i attends keys up to i + Sk - Sq: the last row is aligned with the last key.
+        scale: of the scores; None means 1 / sqrt(D).
+        window: None or (left, right): row i attends keys from i + Sk - Sq - left to i + Sk - Sq + right; -1 is unlimited.
+            With causal, right is capped at 0.
+        softcap: c > 0 replaces a score s by c * tanh(s / c); 0 means no cap.
+        attn_mask: bool (True means attend) or additive (q's dtype or float32), broadcastable to (B, Hq, Sq, Sk).
+        return_lse: also return the natural log-sum-exp of each row's scores.
+        layout: "bshd" or "bhsd", of q, k, v and the output.
+        impl: "auto" picks by evidence and falls back to PyTorch, which `explain` shows; "portable" or "torch" runs that
+            one or raises.
+
+    Returns:
+        o, contiguous where a kernel of ours made it, in q's dtype and layout, or (o, lse) with lse (B, Hq, Sq) float32.
+
+    Raises:
+        ArgumentTypeError (a TypeError), ArgumentValueError (a ValueError): names the argument, what came, what is allowed.
+        UnsupportedError (a NotImplementedError): the named impl cannot run this call on this device.
+    """
+    o, lse = _dispatch(
+        q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl
+    )
+    return (o, lse) if return_lse else o  # type: ignore[return-value]  # lse is a tensor where it was asked for
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Sequence[int] | None = None,
+    softcap: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+    impl: str = "auto",
+) -> Plan:
+    """The plan of `attention` with these arguments: which kernel, why, what was rejected. Runs nothing; same errors."""
+    options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout)
+    return engine.plan_call(q, k, v, attn_mask, options, return_lse, impl)[1]
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: same signature, same meaning, our kernels where they apply.
+
+    Args:
+        query: (B, Hq, Sq, D); key: (B, Hk, Sk, D); value: (B, Hk, Sk, Dv). What our kernels do not take (other ranks and
+            dtypes, broadcast batches, dropout) goes to torch's own function; `explain_sdpa` says when and why.
+        is_causal: aligned top-left, as torch has it: row i attends keys 0 to i.
+
+    Raises:
+        ArgumentValueError: a mask together with is_causal, dropout_p outside [0, 1], NaN or infinite scale.
+        What torch raises, where the call is handed to torch.
+    """
+    if _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) is not None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    o, _ = _dispatch(query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto")
+    return o
+
+
+def explain_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Plan:
+    """The plan of `scaled_dot_product_attention` with these arguments. Runs nothing; same errors."""
+    reason = _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is not None:
+        return Plan("torch", f"PyTorch's own attention, because portable {reason}", rejected=(("portable", reason),))
+    options = Options.check(causal=is_causal, scale=scale, window=None, softcap=0.0, layout="bhsd", top_left=True)
+    return engine.plan_call(query, key, value, attn_mask, options, False, "auto")[1]
+
+
+def _torch_only(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> str | None:
+    """Check what torch's signature adds, and say why a call is outside what our own `attention` takes (None: it is not)."""
+    Options.check(causal=is_causal, scale=scale, window=None, softcap=0.0, layout="bhsd")
+    if attn_mask is not None and is_causal:
+        raise ArgumentValueError("attn_mask: got a mask together with is_causal=True; allowed: one of the two")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise ArgumentTypeError(f"dropout_p: got {dropout_p!r}; allowed: a number from 0 to 1")
+    if not 0 <= dropout_p <= 1:
+        raise ArgumentValueError(f"dropout_p: got {dropout_p!r}; allowed: a number from 0 to 1")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, torch.Tensor):
+            raise ArgumentTypeError(f"{name}: got {type(t).__name__}; allowed: a torch.Tensor")
+    if dropout_p > 0:
+        return f"has no dropout, and dropout_p is {dropout_p}"
+    if any(t.is_nested or t.layout != torch.strided for t in (query, key, value)):
+        return "takes dense tensors only"
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return "takes rank 4 only"
+    if query.dtype not in DTYPES:
+        return f"takes {', '.join(map(str, DTYPES))}, not {query.dtype}"
+    if query.shape[0] != key.shape[0] or query.shape[0] != value.shape[0]:
+        return "does not broadcast batches"
+    if key.shape[1] != value.shape[1] or (query.shape[1] != key.shape[1] and not enable_gqa):
+        return "takes different head counts only as enable_gqa means them"
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"takes head dims up to {MAX_HEAD_DIM}"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        return f"takes masks of torch.bool, the query's dtype or torch.float32, not {attn_mask.dtype}"
+    return None
+
+
+def _dispatch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: Sequence[int] | None,
+    softcap: float,
+    return_lse: bool,
+    layout: str,
+    *,
+    top_left: bool,
+    impl: str,
+) -> engine.Result:
+    """Straight to the engine in eager mode; through the operator where torch must see it (tracing, modes, subclasses)."""
+    if not torch.compiler.is_compiling() and _plain(q, k, v, attn_mask):
+        return engine.run(
+            q,
+            k,
+            v,
+            attn_mask,
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            return_lse=return_lse,
+            layout=layout,
+            impl=impl,
+            top_left=top_left,
+        )
+    options = Options.check(
+        causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
+    )
+    check_impl(impl)
+    check_tensors(q, k, v, attn_mask, options.layout)
+    if engine.needs_grad(q, k, v, attn_mask):
+        if impl not in ("auto", "torch"):
+            raise UnsupportedError(f"impl {impl!r}: has no backward pass yet, and a gradient is needed")
+        return torch_backend.attend(q, k, v, attn_mask, options, return_lse)
+    left, right = options.window
+    o, lse = ops.attention(
+        q, k, v, attn_mask, causal, options.scale, left, right, options.softcap, return_lse, layout, top_left, impl
+    )
+    return o, lse if return_lse else None
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether no torch mode, transform or subclass has to see the call. What is not a tensor is plain: validation names it."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not any(isinstance(t, torch.Tensor) and type(t) is not torch.Tensor for t in tensors)

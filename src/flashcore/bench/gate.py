@@ -1,0 +1,110 @@
+"""Verify before timing: every contender's output on the very inputs it is timed on, against float64.
+
+The reference of a long shape costs more than all the timing, so past a number of scores a few (batch, head) pairs are
+checked instead of all, every row of each; which ones is part of the result.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from flashcore import reference
+from flashcore.bench.contender import Attention, Contender
+from flashcore.bench.inputs import Inputs
+from flashcore.bench.shapes import Shape
+from flashcore.verify.poison import poisoned_memory
+from flashcore.verify.tolerance import compare_output
+from flashcore.verify.watchdog import watchdog
+
+Pair = tuple[int, int]
+
+FULL_CHECK_SCORES = {"cuda": 2**28, "cpu": 2**26}
+SAMPLED_PAIRS = 4
+# A first call may compile (FlexAttention, a specialisation that was not shipped).
+FIRST_CALL_SECONDS = 240.0
+
+
+class Correctness(BaseModel):
+    """One output against float64. `checked` is "all", or the (batch, query head) pairs whose every row was compared."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    checked: Literal["all"] | list[Pair]
+    max_abs: float
+    mean_abs: float
+    bound: float
+    passed: bool
+    reason: str
+
+
+class Oracle:
+    """The float64 result of one set of inputs and its twin, computed once and used for every contender."""
+
+    def __init__(self, inputs: Inputs, seed: int) -> None:
+        self._shape = inputs.shape
+        self.pairs = _pairs(inputs.shape, FULL_CHECK_SCORES[inputs.q.device.type], seed)
+        if self.pairs is None:
+            self._ref, self._twin = _reference(inputs.shape, inputs.q, inputs.k, inputs.v)
+            return
+        group = inputs.shape.heads_q // inputs.shape.heads_k
+        parts = [
+            _reference(
+                inputs.shape,
+                inputs.q[b : b + 1, h : h + 1],
+                inputs.k[b : b + 1, h // group : h // group + 1],
+                inputs.v[b : b + 1, h // group : h // group + 1],
+            )
+            for b, h in self.pairs
+        ]
+        self._ref, self._twin = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def check(self, output: torch.Tensor) -> Correctness:
+        """Judge an output (B,Hq,Sq,Dv) by the project's tolerance (verify/tolerance.py)."""
+        shape = self._shape
+        size = (shape.batch, shape.heads_q, shape.seqlen_q, shape.head_dim_v)
+        if self.pairs is not None and output.shape == size:
+            output = torch.stack([output[b, h : h + 1] for b, h in self.pairs])
+        result = compare_output(output, self._ref, self._twin)
+        return Correctness(
+            checked="all" if self.pairs is None else self.pairs,
+            max_abs=result.max_abs,
+            mean_abs=result.mean_abs,
+            bound=result.bound,
+            passed=result.passed,
+            reason=result.reason,
+        )
+
+
+def verify(contender: Contender, call: Attention, oracle: Oracle, device: torch.device) -> Correctness:
+    """Run the contender once and judge what it returned; raises whatever the contender raises.
+
+    Ours runs with poisoned memory, where an output never written is NaN and not the last contender's right answer. Peers
+    do not: the poison is a mode of PyTorch for which FlexAttention would compile twice.
+    """
+    poison = poisoned_memory(device) if contender.kind == "ours" else nullcontext()
+    with watchdog(FIRST_CALL_SECONDS, f"{contender.name}: first call"), torch.no_grad(), contender.context(), poison:
+        return oracle.check(call())
+
+
+def _pairs(shape: Shape, full_check_scores: int, seed: int) -> list[Pair] | None:
+    """The first pair, the last, and others drawn from the seed; None when all of them are few enough to check."""
+    if shape.score_elements <= full_check_scores:
+        return None
+    count = shape.batch * shape.heads_q
+    middle = range(1, count - 1)
+    drawn = random.Random(seed).sample(middle, min(SAMPLED_PAIRS - 2, len(middle)))
+    return [divmod(number, shape.heads_q) for number in sorted({0, count - 1, *drawn})]
+
+
+def _reference(
+    shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float64 result and its twin of these heads, each like q with v's head dim."""
+    ref, _ = reference.attention(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")
+    twin, _ = reference.twin(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")
+    return ref, twin

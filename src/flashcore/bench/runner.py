@@ -1,0 +1,203 @@
+"""A run: for each shape draw inputs, verify every contender, time those that passed together, and record all of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from flashcore import environment
+from flashcore.bench import peaks, timing, work
+from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, Settings, ShapeRecord, WorkRecord
+from flashcore.bench.contender import Contender
+from flashcore.bench.gate import Oracle, verify
+from flashcore.bench.inputs import InputSets
+from flashcore.bench.shapes import Shape
+from flashcore.bench.stats import ratio_of_medians
+from flashcore.errors import UnsupportedError
+
+FLOOR = "empty kernel"
+COLD_MEMORY_BYTES = 4 * 2**30
+
+SAMPLE_MEANINGS = {
+    "device_warm": "one CUDA-graph replay of K launches on the same inputs, event time / K",
+    "device_cold": "as device_warm; each launch has its own inputs and output, 3x L2 of other data is read before a replay",
+    "eager_stream": "wall clock of N Python calls and one synchronisation after them, / N",
+    "eager_latency": "wall clock of one Python call and the synchronisation after it",
+    "wall": "wall clock of one call on the CPU",
+}
+
+# What is being done, and how much of the present shape is done.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. `left_out` are contenders that are listed with a reason instead of run."""
+
+    shapes: Sequence[Shape]
+    contenders: Sequence[Contender]
+    left_out: dict[str, str]
+    iters: int = 100
+    seed: int = 0
+    eager: bool = True
+    cold: bool = True
+    grid: str | None = None
+
+
+def run(request: Request, device: torch.device, progress: Callable[[int, str, float], None]) -> Artifact:
+    """Measure. `progress` gets the shape's number, what is being done, and the fraction of the shape that is done."""
+    found = environment.collect(device)
+    dtypes = {shape.dtype for shape in request.shapes} | ({"fp16", "bf16"} if device.type == "cuda" else set())
+    progress(0, "peaks", 0.0)
+    measured = peaks.measure(device, dtypes)
+    records = []
+    for number, shape in enumerate(request.shapes):
+        records.append(_run_shape(request, shape, device, measured, partial(progress, number)))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    settings = Settings(
+        iters=request.iters,
+        warmup=timing.WARMUP,
+        seed=request.seed,
+        eager=request.eager,
+        cold=request.cold,
+        grid=request.grid,
+        samples=SAMPLE_MEANINGS,
+    )
+    return Artifact(environment=found, settings=settings, peaks=measured, shapes=records)
+
+
+def _run_shape(
+    request: Request, shape: Shape, device: torch.device, measured: peaks.Peaks, progress: Progress
+) -> ShapeRecord:
+    sets = InputSets(shape, device, request.seed)
+    oracle = Oracle(sets[0], request.seed)
+    records: dict[str, ContenderRecord] = {}
+    candidates: list[timing.Candidate] = []
+    for position, contender in enumerate(request.contenders):
+        progress(f"verify {contender.name}", position / len(request.contenders))
+        record, candidate = _admit(contender, sets, oracle, device)
+        records[contender.name] = record
+        candidates.extend([candidate] if candidate else [])
+    for name, reason in request.left_out.items():
+        records[name] = ContenderRecord(name=name, kind="peer", status="not timed", reason=reason)
+    cold_sets, cold = _cold(request, shape, device)
+    if device.type == "cuda":
+        floor = _floor(device)
+        records[FLOOR] = ContenderRecord(name=FLOOR, kind="floor", status="timed")
+        candidates.append(floor)
+    plan = timing.Plan(iters=request.iters, eager=request.eager, max_cold_sets=cold_sets)
+    with torch.no_grad():
+        outcomes = (
+            timing.time_cuda(candidates, plan, device, progress)
+            if device.type == "cuda"
+            else timing.time_cpu(candidates, plan, progress)
+        )
+    for name, outcome in outcomes.items():
+        records[name] = _with_outcome(records[name], outcome)
+    leading: timing.Mode = "device_warm" if device.type == "cuda" else "wall"
+    baseline = _baseline(list(records.values()), leading)
+    return ShapeRecord(
+        shape=shape,
+        work=_work(shape, measured),
+        baseline=baseline,
+        cold=cold,
+        clocks_after=environment.read_clocks(device) if device.type == "cuda" else environment.Clocks(),
+        contenders=[_with_ratios(record, records.get(baseline or ""), request.seed) for record in records.values()],
+    )
+
+
+def _admit(
+    contender: Contender, sets: InputSets, oracle: Oracle, device: torch.device
+) -> tuple[ContenderRecord, timing.Candidate | None]:
+    """Verify one contender: its record, and what the timer runs if it passed. Nothing it raises ends the run."""
+    base = ContenderRecord(name=contender.name, kind=contender.kind, status="not timed")
+    inputs = sets[0]
+    try:
+        reason = contender.unavailable_reason(inputs)
+        if reason:
+            return base.model_copy(update={"reason": reason}), None
+        call = contender.prepare(inputs)
+        correctness = verify(contender, call, oracle, device)
+        detail = contender.detail(inputs)
+    except UnsupportedError as error:
+        return base.model_copy(update={"reason": str(error)}), None
+    except Exception as error:  # a contender may fail in any way; its row says how
+        return base.model_copy(update={"status": "failed", "reason": timing.describe(error)}), None
+    record = base.model_copy(update={"correctness": correctness, "detail": detail})
+    if not correctness.passed:
+        return record.model_copy(update={"status": "wrong", "reason": correctness.reason}), None
+
+    def check(output: torch.Tensor) -> str | None:
+        return oracle.check(output).reason or None
+
+    candidate = timing.Candidate(
+        name=contender.name,
+        call=call,
+        cold_call=lambda number: contender.prepare(sets[number]),
+        context=contender.context,
+        check=check,
+    )
+    return record, candidate
+
+
+def _floor(device: torch.device) -> timing.Candidate:
+    """The empty kernel, timed as the contenders are: no launch can take less."""
+    from flashcore.runtime import empty_launch
+
+    return timing.Candidate(name=FLOOR, call=empty_launch(device), context=nullcontext)
+
+
+def _cold(request: Request, shape: Shape, device: torch.device) -> tuple[int, str]:
+    """How many input sets a cold replay may use (0: none is made), and the sentence that says what was done."""
+    if device.type != "cuda":
+        return 0, "not measured: a CPU run takes the caches as they are"
+    if not request.cold:
+        return 0, "not measured: left out on request"
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    if shape.input_bytes > 3 * l2_bytes:
+        return 0, "not measured: one launch's inputs are already more than 3x L2, so warm is cold"
+    sets = max(1, min(timing.MAX_LAUNCHES, COLD_MEMORY_BYTES // (shape.input_bytes + shape.output_bytes)))
+    return sets, f"up to {sets} input sets, each used once a replay; 3 x {l2_bytes} bytes read before each replay"
+
+
+def _with_outcome(record: ContenderRecord, outcome: timing.Outcome) -> ContenderRecord:
+    if outcome.failure is not None:
+        return record.model_copy(update={"status": "failed", "reason": outcome.failure})
+    series = [SeriesRecord.of(series) for series in outcome.series]
+    return record.model_copy(update={"status": "timed", "reason": "", "series": series})
+
+
+def _baseline(records: Sequence[ContenderRecord], mode: timing.Mode) -> str | None:
+    """The fastest of SDPA's backends by this mode's median, None when none was timed."""
+    medians = {r.name: series.stats.p50 for r in records if r.kind == "sdpa" and (series := r.find(mode))}
+    return min(medians, key=medians.__getitem__, default=None)
+
+
+def _with_ratios(record: ContenderRecord, baseline: ContenderRecord | None, seed: int) -> ContenderRecord:
+    if baseline is None or record.kind == "floor":
+        return record
+    compared = []
+    for series in record.series:
+        other = baseline.find(series.mode)
+        if other is None:
+            compared.append(series)
+            continue
+        ratio = ratio_of_medians(series.samples, other.samples, baseline=baseline.name, seed=seed)
+        compared.append(series.model_copy(update={"ratio": ratio}))
+    return record.model_copy(update={"series": compared})
+
+
+def _work(shape: Shape, measured: peaks.Peaks) -> WorkRecord:
+    bound = work.roofline(
+        shape, peak_tflops=measured.matrix_tflops[shape.dtype], peak_tbytes=measured.copy_tbytes
+    )
+    return WorkRecord(
+        flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit
+    )

@@ -1,0 +1,1 @@
+"""The kernels, and what is known of them without importing a compiler."""

@@ -1,0 +1,1 @@
+"""Triton kernels that run on sm_80 to sm_120 and, interpreted, on any CPU."""

@@ -1,0 +1,36 @@
+"""Tile configurations of the portable forward kernel, and the predicate that says whether one fits a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Shared memory one block may use, in bytes. sm_80 is held to 8.6's limit, because 8.6 and 8.7 run its binaries.
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_103a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+    "sm_121a": 99 * 1024,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PortableConfig:
+    """BLOCK_M query rows by BLOCK_N keys a tile, on num_warps warps, with num_stages tiles of K and V in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"m{self.block_m}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+
+    def fits(self, arch: str, block_d: int, element_size: int) -> bool:
+        """Whether the pipelined K and V tiles and the query tile fit into shared memory together."""
+        stages = (self.num_stages) * 2 * self.block_n * block_d * element_size
+        query = self.block_m * block_d * element_size
+        return stages + query <= SHARED_MEMORY_LIMIT[arch]

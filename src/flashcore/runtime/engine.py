@@ -1,0 +1,145 @@
+"""From a call to its result, eagerly: look up what was prepared for such a call, or validate, plan and prepare it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from flashcore import torch_backend
+from flashcore.kernels.portable import binding as portable
+from flashcore.plan import Plan, make_plan
+from flashcore.spec import AttentionSpec, Options
+from flashcore.target import Target
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+Prepared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], Result]
+
+# What one process meets is a handful of call shapes; the bound only keeps a pathological one from growing without end.
+_MAX_PREPARED = 4096
+_prepared: dict[Hashable, Prepared] = {}
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: Sequence[int] | None,
+    softcap: float,
+    return_lse: bool,
+    layout: str,
+    impl: str,
+    top_left: bool,
+) -> Result:
+    """Validate, plan and run a call; everything that depends only on the key is done once for each key."""
+    tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+    if all(isinstance(t, torch.Tensor) for t in tensors):
+        key = (
+            *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad) for t in tensors),
+            torch.is_grad_enabled(),
+            # True == 1 == 1.0 as keys, but not as arguments
+            *((value, type(value)) for value in (causal, scale, softcap, return_lse, layout, impl, top_left)),
+            None if window is None else (type(window), *((side, type(side)) for side in window)),
+            q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        )
+        prepared = _prepared.get(key)
+        if prepared is not None:
+            return prepared(q, k, v, attn_mask)
+    else:
+        key = None  # validation says what is wrong
+    options = Options.check(
+        causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
+    )
+    spec, plan = plan_call(q, k, v, attn_mask, options, return_lse, impl)
+    prepared = _prepare(spec, plan, options)
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[key] = prepared
+    return prepared(q, k, v, attn_mask)
+
+
+def plan_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    options: Options,
+    return_lse: bool,
+    impl: str,
+) -> tuple[AttentionSpec, Plan]:
+    """The spec and the plan of a call, with nothing launched."""
+    spec = AttentionSpec.from_tensors(
+        q, k, v, attn_mask, options, return_lse=return_lse, needs_grad=needs_grad(q, k, v, attn_mask)
+    )
+    return spec, make_plan(spec, Target.of(spec.device), impl)
+
+
+def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+    """Whether autograd would record this call."""
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+    return wanted and torch.is_grad_enabled()
+
+
+def _prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
+    if plan.impl == "torch":
+        return lambda q, k, v, attn_mask: torch_backend.attend(q, k, v, attn_mask, options, spec.return_lse)
+    if plan.interpreted:
+        return _prepare_interpreted(spec, plan)
+    return _prepare_launch(spec, plan)
+
+
+def _outputs(spec: AttentionSpec) -> Result:
+    o = torch.empty(spec.output_shape, dtype=spec.dtype, device=spec.device)
+    lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if spec.return_lse else None
+    return o, lse
+
+
+def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
+    from flashcore.runtime.launch import Launcher
+    from flashcore.runtime.store import obtain
+
+    assert plan.specialisation is not None
+    launcher = Launcher(
+        obtain(plan.specialisation, Target.of(spec.device)),
+        spec.device,
+        grid=plan.grid,
+        pointers=len(portable.POINTERS),
+        scalars=portable.scalars(spec, plan.specialisation),
+    )
+
+    def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
+        o, lse = _outputs(spec)
+        launcher(
+            (
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                0 if attn_mask is None else attn_mask.data_ptr(),
+                o.data_ptr(),
+                0 if lse is None else lse.data_ptr(),
+            )
+        )
+        return o, lse
+
+    return launch
+
+
+def _prepare_interpreted(spec: AttentionSpec, plan: Plan) -> Prepared:
+    from flashcore.runtime.interpret import interpret
+
+    specialisation = plan.specialisation
+    assert specialisation is not None
+
+    def run_interpreted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
+        o, lse = _outputs(spec)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.view(torch.uint8)
+        tensors = (q, k, v, q if attn_mask is None else attn_mask, o, q if lse is None else lse)
+        interpret(specialisation, plan.grid, tensors, portable.scalars(spec, specialisation))
+        return o, lse
+
+    return run_interpreted

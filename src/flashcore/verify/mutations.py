@@ -1,0 +1,150 @@
+"""The suite's own test: a right implementation that it must pass, and six wrong ones that it must fail.
+
+Each wrong one is the right one with one of the mistakes that kernels really make. A suite that lets any of them through
+proves nothing about a kernel.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+
+from flashcore.verify.cases import Case
+from flashcore.verify.suite import CaseResult, Implementation, judge, prepare
+
+# Narrow, so that all shapes but the smallest take several tiles.
+_BLOCK_N = 32
+
+
+class Mutation(Enum):
+    """The mistakes of mission.md section 1."""
+
+    SCALED_OUTPUT = "the output scaled by 0.95"
+    DROPPED_RESCALE = "a dropped rescale in the online softmax"
+    SWAPPED_KV = "K and V swapped"
+    SKIPPED_LAST_TILE = "the last tile of keys skipped"
+    UNWRITTEN_ROW = "one row never written"
+    ONE_NAN = "one NaN"
+
+
+@dataclass(frozen=True)
+class MutationResult:
+    """mutation None is the unmutated implementation, which is as it should be when nothing failed."""
+
+    mutation: Mutation | None
+    cases: int
+    failed: tuple[CaseResult, ...]
+
+    @property
+    def as_it_should_be(self) -> bool:
+        return bool(self.failed) == (self.mutation is not None)
+
+
+def implementation(mutation: Mutation | None) -> Implementation:
+    """The tiled implementation with this mistake, or with none."""
+    name = "tiled" if mutation is None else f"tiled, {mutation.value}"
+    return Implementation(name, partial(tiled_attention, mutation=mutation))
+
+
+def run_mutations(
+    cases: Sequence[Case], device: torch.device, progress: Callable[[], None] = lambda: None
+) -> Iterator[MutationResult]:
+    """Judge the unmutated implementation and each mutation on the cases; `progress` is called after each case."""
+    versions: list[Mutation | None] = [None, *Mutation]
+    failed: dict[Mutation | None, list[CaseResult]] = {version: [] for version in versions}
+    for case in cases:
+        prepared = prepare(case, device)
+        for version in versions:
+            result = judge(prepared, implementation(version))
+            if result.verdict != "passed":
+                failed[version].append(result)
+        progress()
+    for version in versions:
+        yield MutationResult(version, len(cases), tuple(failed[version]))
+
+
+def tiled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+    mutation: Mutation | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flashcore.attention` as an online softmax over tiles of keys, in plain PyTorch: float32 state, weights cast to
+    v's dtype, as a kernel does it. All query rows at once."""
+    if mutation is Mutation.SWAPPED_KV:
+        k, v = v, k
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    batch, heads_q, seqlen_q, head_dim = q.shape
+    heads_k, seqlen_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    k, v = (x.repeat_interleave(heads_q // heads_k, dim=1) for x in (k, v))
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    left, right = (-1, -1) if window is None else window
+    right = 0 if causal else right
+    mask = None if attn_mask is None else attn_mask.expand(batch, heads_q, seqlen_q, seqlen_k)
+    diagonal = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
+
+    # [B, H, M, 1] and [B, H, M, Dv]
+    m = torch.full((batch, heads_q, seqlen_q, 1), -math.inf, device=q.device)
+    l = torch.zeros_like(m)  # noqa: E741  (the field's name for the running sum)
+    acc = torch.zeros(batch, heads_q, seqlen_q, dim_v, device=q.device)
+    starts = list(range(0, seqlen_k, _BLOCK_N))
+    if mutation is Mutation.SKIPPED_LAST_TILE:
+        starts = starts[:-1]
+    for start in starts:
+        tile = slice(start, min(start + _BLOCK_N, seqlen_k))
+        key = torch.arange(tile.start, tile.stop, device=q.device)[None, :]
+        # [B, H, M, N]
+        s = (q.float() @ k[:, :, tile].float().transpose(-1, -2)) * scale
+        if softcap > 0:
+            s = softcap * torch.tanh(s / softcap)
+        allowed = torch.ones_like(s, dtype=torch.bool)
+        if left >= 0:
+            allowed &= key >= diagonal - left
+        if right >= 0:
+            allowed &= key <= diagonal + right
+        if mask is not None:
+            part = mask[..., tile]
+            if part.dtype == torch.bool:
+                allowed &= part
+            else:
+                allowed &= part != -math.inf
+                s = s + part.float()
+        s = s.masked_fill(~allowed, -math.inf)
+        m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
+        pivot = m_new.masked_fill(m_new == -math.inf, 0.0)
+        p = torch.exp(s - pivot)
+        alpha = torch.exp(m - pivot)
+        values = v[:, :, tile].float()
+        values = values.masked_fill(~allowed.any(dim=-2)[..., None], 0.0)
+        l = l * alpha + p.sum(dim=-1, keepdim=True)  # noqa: E741
+        if mutation is not Mutation.DROPPED_RESCALE:
+            acc = acc * alpha
+        acc = acc + p.to(v.dtype).float() @ values
+        m = m_new
+
+    result = acc / l.masked_fill(l == 0, 1.0)
+    if mutation is Mutation.SCALED_OUTPUT:
+        result = result * 0.95
+    # In the layout's own order, so that o is freshly allocated with stride 1 in the last dimension.
+    result = result.to(q.dtype)
+    o = torch.empty_like(result.transpose(1, 2) if layout == "bshd" else result, memory_format=torch.contiguous_format)
+    rows = o.transpose(1, 2) if layout == "bshd" else o
+    written = seqlen_q - 1 if mutation is Mutation.UNWRITTEN_ROW else seqlen_q
+    rows[:, :, :written] = result[:, :, :written]
+    if mutation is Mutation.ONE_NAN and o.numel():
+        rows[0, 0, 0, 0] = math.nan
+    if not return_lse:
+        return o
+    return o, (m + l.log()).squeeze(-1)

@@ -1,0 +1,279 @@
+"""Runs cases on an implementation and judges them. A case that raises has failed; it never stops the rest."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from flashcore import reference
+from flashcore.verify.cases import Case
+from flashcore.verify.inputs import Inputs, build
+from flashcore.verify.poison import poisoned_memory
+from flashcore.verify.tolerance import Comparison, compare_lse, compare_output
+from flashcore.verify.watchdog import watchdog
+
+RUNS = 3
+# The largest case computes for well under a second; a first call may compile, which takes some tens.
+HANG_SECONDS = 180.0
+
+Verdict = Literal["passed", "failed", "skipped"]
+
+
+class Specialisation(Protocol):
+    """What the suite reads of a plan's specialisation."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Plan(Protocol):
+    """What the suite reads of a `flashcore.explain` plan."""
+
+    @property
+    def impl(self) -> str: ...
+    @property
+    def kernel(self) -> str | None: ...
+    @property
+    def specialisation(self) -> Specialisation | None: ...
+    @property
+    def binary_sha256(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What is being verified.
+
+    attention has the signature of `flashcore.attention` without impl (already bound); sdpa that of torch's
+    scaled_dot_product_attention, and explain that of attention, returning the plan of the call. Without sdpa the cases
+    of that entry are skipped, without explain results name no binary. leaks_dead says that NaN in a masked key is
+    known to reach outputs, as in PyTorch's own backends: those cases are then skipped, visibly.
+    """
+
+    name: str
+    attention: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
+    sdpa: Callable[..., torch.Tensor] | None = None
+    explain: Callable[..., Plan] | None = None
+    leaks_dead: bool = False
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the plan of the call says was run."""
+
+    impl: str
+    kernel: str | None
+    specialisation: str | None
+    binary_sha256: str | None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case. reason is "" when it passed; output and lse are None where nothing was compared."""
+
+    case: Case
+    verdict: Verdict
+    reason: str
+    output: Comparison | None = None
+    lse: Comparison | None = None
+    bitwise_equal: bool | None = None
+    ran: Ran | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case's tensors on the device, and what is expected: ref and lse in float64, twin in the inputs' dtype."""
+
+    case: Case
+    inputs: Inputs
+    ref: torch.Tensor
+    lse: torch.Tensor
+    twin: torch.Tensor
+
+
+def prepare(case: Case, device: torch.device) -> Prepared:
+    """Build the inputs of `case` and compute what its output should be."""
+    inputs = build(case, device)
+    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.attn_mask
+    # Entries of an expanded batch are one and the same, so one is computed (the largest case relies on that).
+    same = case.storage == "expanded" and mask is None
+    if same:
+        q, k, v = q[:1], k[:1], v[:1]
+    top_left = case.top_left
+    ref, lse = reference.attention(q, k, v, **case.options, attn_mask=mask, layout=case.layout, top_left=top_left)
+    twin, _ = reference.twin(q, k, v, **case.options, attn_mask=mask, layout=case.layout, top_left=top_left)
+    if same:
+        ref, twin = (x.expand(case.batch, -1, -1, -1) for x in (ref, twin))
+        lse = lse.expand(case.batch, -1, -1)
+    return Prepared(case, inputs, ref, lse, twin)
+
+
+def run_suite(cases: Sequence[Case], implementation: Implementation, device: torch.device) -> Iterator[CaseResult]:
+    """Run the cases one after the other, yielding each result as it comes."""
+    for case in cases:
+        yield run_case(case, implementation, device)
+
+
+def run_case(case: Case, implementation: Implementation, device: torch.device) -> CaseResult:
+    """Prepare and judge one case. On a GPU a hang ends the process (see watchdog.py)."""
+    skip = _why_skip(case, implementation, device)
+    if skip:
+        return CaseResult(case, "skipped", skip)
+    guard = watchdog(HANG_SECONDS, f"case {case.name}") if device.type == "cuda" else nullcontext()
+    with guard:
+        try:
+            return judge(prepare(case, device), implementation)
+        except Exception as error:  # the suite goes on to the next case; the text is the result
+            return CaseResult(case, "failed", _describe(error))
+        finally:
+            if device.type == "cuda" and case.needs_bytes:
+                torch.cuda.empty_cache()
+
+
+def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
+    """Run the implementation RUNS times on prepared inputs, memory poisoned, and compare. Never raises."""
+    case, inputs = prepared.case, prepared.inputs
+    device = inputs.q.device
+    started = time.perf_counter()
+    ran: Ran | None = None
+    try:
+        if implementation.explain is not None and case.entry == "attention":
+            ran = _ran(implementation.explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
+        before = _fingerprint(inputs)
+        with poisoned_memory(device):
+            out, lse = _call(prepared, implementation)
+            bitwise_equal = True
+            for _ in range(RUNS - 1):
+                again, lse_again = _call(prepared, implementation)
+                bitwise_equal = bitwise_equal and _same_bits(out, again) and _same_bits(lse, lse_again)
+                del again, lse_again
+        seconds = time.perf_counter() - started
+        reasons = _contract_breaches(prepared, out, lse, before)
+        output = compare_output(out, prepared.ref, prepared.twin)
+        lse_result = None if lse is None else compare_lse(lse, prepared.lse, case.dtype)
+    except Exception as error:  # a case that raises has failed, and says how
+        return CaseResult(case, "failed", _describe(error), ran=ran, seconds=time.perf_counter() - started)
+
+    if not output.passed:
+        reasons.append(f"output: {output.reason}")
+    if lse_result is not None and not lse_result.passed:
+        reasons.append(f"lse: {lse_result.reason}")
+    if not bitwise_equal:
+        reasons.append(f"{RUNS} runs on the same input are not bitwise equal")
+    return CaseResult(
+        case,
+        "failed" if reasons else "passed",
+        "; ".join(reasons),
+        output=output,
+        lse=lse_result,
+        bitwise_equal=bitwise_equal,
+        ran=ran,
+        seconds=seconds,
+    )
+
+
+def _why_skip(case: Case, implementation: Implementation, device: torch.device) -> str:
+    if case.needs_bytes:
+        need = f"needs {case.needs_bytes / 2**30:.0f} GiB of GPU memory"
+        if device.type != "cuda":
+            return f"{need}; this is a CPU"
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < case.needs_bytes:
+            return f"{need}; {free / 2**30:.0f} GiB is free"
+    if case.entry == "sdpa" and implementation.sdpa is None:
+        return f"{implementation.name} has no SDPA entry"
+    if case.dead_nan and implementation.leaks_dead:
+        return f"{implementation.name} has PyTorch's behaviour: NaN in a masked key may reach the output"
+    return ""
+
+
+def _call(prepared: Prepared, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One call, finished on the device: (o, lse), or (o, None) where the case asks for no LSE."""
+    case, inputs = prepared.case, prepared.inputs
+    if case.entry == "sdpa":
+        assert implementation.sdpa is not None, "run_case skips these"
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = implementation.sdpa(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            attn_mask=inputs.attn_mask,
+            is_causal=case.causal,
+            scale=case.scale,
+            enable_gqa=case.heads_q != case.heads_k,
+        )
+    else:
+        result = implementation.attention(inputs.q, inputs.k, inputs.v, **_arguments(prepared))
+    if inputs.q.device.type == "cuda":
+        torch.cuda.synchronize(inputs.q.device)
+    if case.return_lse:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"return_lse=True gave {type(result).__name__}, not (o, lse)")
+        return result
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"return_lse=False gave {type(result).__name__}, not a tensor")
+    return result, None
+
+
+def _arguments(prepared: Prepared) -> dict[str, object]:
+    case = prepared.case
+    return {
+        **case.options,
+        "attn_mask": prepared.inputs.attn_mask,
+        "return_lse": case.return_lse,
+        "layout": case.layout,
+    }
+
+
+def _contract_breaches(
+    prepared: Prepared, out: torch.Tensor, lse: torch.Tensor | None, before: list[torch.Tensor]
+) -> list[str]:
+    """What is wrong with the results apart from their values: memory, device, and inputs that were written to."""
+    inputs = prepared.inputs
+    breaches = []
+    if out.device != inputs.q.device or (lse is not None and lse.device != inputs.q.device):
+        breaches.append(f"the output is on {out.device}, the inputs are on {inputs.q.device}")
+    if out.numel() and out.shape[-1] > 1 and out.stride(-1) != 1:
+        breaches.append(f"the output's last dimension has stride {out.stride(-1)}, not 1")
+    storages = {x.untyped_storage().data_ptr() for x in (inputs.q, inputs.k, inputs.v)}
+    if out.numel() and out.untyped_storage().data_ptr() in storages:
+        breaches.append("the output shares memory with an input")
+    if not all(map(_same_bits, before, _fingerprint(inputs))):
+        breaches.append("an input was modified")
+    return breaches
+
+
+def _fingerprint(inputs: Inputs) -> list[torch.Tensor]:
+    """Copies of the inputs' values (not of their storage, which may span gigabytes; stride 0 is not materialised)."""
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.attn_mask)
+    present = [x for x in tensors if x is not None]
+    return [x[:1].clone() if x.dim() and x.shape[0] > 1 and x.stride(0) == 0 else x.clone() for x in present]
+
+
+def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Bitwise equality, NaN included; one batch entry at a time to bound memory."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype == torch.bool:
+        return torch.equal(a, b)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    if a.dim() == 0:
+        return torch.equal(a.view(bits), b.view(bits))
+    return all(torch.equal(x.view(bits), y.view(bits)) for x, y in zip(a, b, strict=True))
+
+
+def _ran(plan: Plan) -> Ran:
+    specialisation = None if plan.specialisation is None else plan.specialisation.name
+    return Ran(plan.impl, plan.kernel, specialisation, plan.binary_sha256)
+
+
+def _describe(error: Exception) -> str:
+    """The error in words, with the innermost line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}: {error}{where}"
