@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flashcore import ops, torch_backend
-from flashcore.errors import ArgumentTypeError, ArgumentValueError, UnsupportedError
+from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError, UnsupportedError
 from flashcore.plan import Plan, check_impl
 from flashcore.runtime import engine
 from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors
@@ -103,7 +103,11 @@ def scaled_dot_product_attention(
         ArgumentValueError: a mask together with is_causal, dropout_p outside [0, 1], NaN or infinite scale.
         What torch raises, where the call is handed to torch.
     """
-    if _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) is not None:
+    try:
+        reason = _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    except FlashCoreError as error:
+        return _refuse(error)
+    if reason is not None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -200,20 +204,32 @@ def _dispatch(
             impl=impl,
             top_left=top_left,
         )
-    options = Options.check(
-        causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
-    )
-    check_impl(impl)
-    check_tensors(q, k, v, attn_mask, options.layout)
-    if engine.needs_grad(q, k, v, attn_mask):
-        if impl not in ("auto", "torch"):
+    try:
+        options = Options.check(
+            causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
+        )
+        check_impl(impl)
+        check_tensors(q, k, v, attn_mask, options.layout)
+        recorded = engine.needs_grad(q, k, v, attn_mask)
+        if recorded and impl not in ("auto", "torch"):
             raise UnsupportedError(f"impl {impl!r}: has no backward pass yet, and a gradient is needed")
+    except FlashCoreError as error:
+        refused = _refuse(error)
+        return refused, refused
+    if recorded:
         return torch_backend.attend(q, k, v, attn_mask, options, return_lse)
     left, right = options.window
     o, lse = ops.attention(
         q, k, v, attn_mask, causal, options.scale, left, right, options.softcap, return_lse, layout, top_left, impl
     )
     return o, lse if return_lse else None
+
+
+def _refuse(error: FlashCoreError) -> torch.Tensor:
+    """Raise the error; under torch.compile, put an operator into the graph that raises it when the graph runs."""
+    if not torch.compiler.is_compiling():
+        raise error
+    return ops.refuse(type(error).__name__, error.args[0])
 
 
 def _plain(*tensors: torch.Tensor | None) -> bool:

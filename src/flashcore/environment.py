@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flashcore import sources
 
-# A copy of the tree without its .git (a GPU machine, a container) can be told what it is a copy of: "SHA" or "SHA+dirty".
+# A copy of the tree without its .git (a GPU machine, a container) can be told what it is a copy of: SHA or SHA+dirty.
 GIT_STATE_VARIABLE = "FLASHCORE_GIT_STATE"
 
 
@@ -129,7 +129,7 @@ def _gpu(device: torch.device | None) -> Gpu:
 
 
 def _nvidia_smi(device: torch.device | None, *fields: str) -> list[str | None]:
-    """The fields for this GPU, None for each that nvidia-smi does not tell; it is found by UUID, as CUDA may renumber."""
+    """The fields for this GPU (found by UUID, as CUDA may renumber), None for each that nvidia-smi does not tell."""
     nothing: list[str | None] = [None] * len(fields)
     tool = shutil.which("nvidia-smi")
     if tool is None or not torch.cuda.is_available():

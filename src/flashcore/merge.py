@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.errors import ArgumentTypeError, ArgumentValueError
-from flashcore.spec import LAYOUTS
+from flashcore.spec import LAYOUTS, numbers
 
 
 def merge_states(
@@ -58,11 +58,11 @@ def _check(o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: tor
     if o_a.dim() != 4:
         raise ArgumentValueError(f"o_a: got rank {o_a.dim()}; allowed: rank 4")
     if o_b.shape != o_a.shape:
-        raise ArgumentValueError(f"o_b: got shape {tuple(o_b.shape)}; allowed: o_a's, {tuple(o_a.shape)}")
+        raise ArgumentValueError(f"o_b: got shape {numbers(o_b.shape)}; allowed: o_a's, {numbers(o_a.shape)}")
     b, x, y, _ = o_a.shape
     want = (b, y, x) if layout == "bshd" else (b, x, y)
     for name, t in (("lse_a", lse_a), ("lse_b", lse_b)):
         if t.dtype != torch.float32:
             raise ArgumentTypeError(f"{name}: got dtype {t.dtype}; allowed: torch.float32")
         if tuple(t.shape) != tuple(want):
-            raise ArgumentValueError(f"{name}: got shape {tuple(t.shape)}; allowed: (B, H, S) = {tuple(want)}")
+            raise ArgumentValueError(f"{name}: got shape {numbers(t.shape)}; allowed: (B, H, S) = {numbers(want)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flashcore import errors
 from flashcore.errors import UnsupportedError
 from flashcore.runtime import engine
 from flashcore.spec import Options, check_tensors
@@ -13,6 +14,7 @@ _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool causal, float? scale, int window_left, "
     "int window_right, float softcap, bool return_lse, str layout, bool top_left, str impl) -> (Tensor, Tensor)"
 )
+_library.define("refuse(str error, str message) -> Tensor")
 
 
 def _run(
@@ -85,9 +87,21 @@ def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
     )
 
 
+def _refuse(error: str, message: str) -> torch.Tensor:
+    raise getattr(errors, error)(message)
+
+
+def _fake_refuse(error: str, message: str) -> torch.Tensor:
+    return torch.empty(0)
+
+
+_library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("flashcore::refuse", _fake_refuse, lib=_library)
 for _key in ("CUDA", "CPU"):
     _library.impl("attention", _run, _key)
 torch.library.register_fake("flashcore::attention", _fake, lib=_library)
 torch.library.register_autograd("flashcore::attention", _no_backward, lib=_library)
 
 attention = torch.ops.flashcore.attention.default
+# Raises the named error when it runs: what torch.compile makes of an error raised while tracing is not the caller's error.
+refuse = torch.ops.flashcore.refuse.default

@@ -55,11 +55,11 @@ class Options:
         if scale is not None:
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise ArgumentTypeError(f"scale: got {scale!r} of type {type(scale).__name__}; allowed: None or a number")
-            if not math.isfinite(scale):
+            if not abs(scale) < math.inf:  # Dynamo traces no math.isfinite of a dynamic float
                 raise ArgumentValueError(f"scale: got {scale!r}; allowed: None or a finite number")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise ArgumentTypeError(f"softcap: got {softcap!r} of type {type(softcap).__name__}; allowed: a number >= 0")
-        if not (math.isfinite(softcap) and softcap >= 0):
+        if not 0 <= softcap < math.inf:
             raise ArgumentValueError(f"softcap: got {softcap!r}; allowed: a finite number >= 0 (0 means no cap)")
         return cls(
             causal=causal,
@@ -214,6 +214,16 @@ class AttentionSpec:
         )
 
 
+def numbers(shape: Sequence[int]) -> str:
+    """A shape as text."""
+    return "(" + ", ".join([str(number(size)) for size in shape]) + ")"
+
+
+def number(size: int) -> int:
+    """The size itself; while torch.compile traces, a symbolic size made concrete, which an error message needs."""
+    return range(size).stop
+
+
 def bhs_strides(t: torch.Tensor, layout: Layout) -> tuple[int, int, int]:
     """Strides of the batch, head and sequence dimensions, in elements."""
     b, first, second, _ = t.stride()
@@ -236,7 +246,7 @@ def check_tensors(
         if t.layout != torch.strided or t.is_nested:
             raise ArgumentTypeError(f"{name}: got a sparse or nested tensor; allowed: a dense (strided) one")
         if t.dim() != 4:
-            raise ArgumentValueError(f"{name}: got rank {t.dim()}, shape {tuple(t.shape)}; allowed: rank 4, {dims}")
+            raise ArgumentValueError(f"{name}: got rank {t.dim()}, shape {numbers(t.shape)}; allowed: rank 4, {dims}")
         if t.dtype not in DTYPES:
             raise ArgumentTypeError(f"{name}: got dtype {t.dtype}; allowed: {', '.join(map(str, DTYPES))}")
     for name in ("k", "v"):
@@ -249,23 +259,23 @@ def check_tensors(
     seqlen_q, seqlen_k, head_dim, head_dim_v = q.shape[seq], k.shape[seq], q.shape[3], v.shape[3]
     for name in ("k", "v"):
         if named[name].shape[0] != batch:
-            raise ArgumentValueError(f"{name}: got batch {named[name].shape[0]} with q of {batch}; allowed: q's batch")
+            raise ArgumentValueError(f"{name}: got batch {number(named[name].shape[0])} with q of {number(batch)}; allowed: q's batch")
     if k.shape[3] != head_dim:
-        raise ArgumentValueError(f"k: got head dim {k.shape[3]} with q of {head_dim}; allowed: q's head dim")
+        raise ArgumentValueError(f"k: got head dim {number(k.shape[3])} with q of {number(head_dim)}; allowed: q's head dim")
     if v.shape[heads] != heads_k:
-        raise ArgumentValueError(f"v: got {v.shape[heads]} heads with k of {heads_k}; allowed: k's heads")
+        raise ArgumentValueError(f"v: got {number(v.shape[heads])} heads with k of {number(heads_k)}; allowed: k's heads")
     if v.shape[seq] != seqlen_k:
-        raise ArgumentValueError(f"v: got length {v.shape[seq]} with k of {seqlen_k}; allowed: k's length")
+        raise ArgumentValueError(f"v: got length {number(v.shape[seq])} with k of {number(seqlen_k)}; allowed: k's length")
     for name, d in (("q", head_dim), ("v", head_dim_v)):
         if d < 1 or d > MAX_HEAD_DIM:
-            raise ArgumentValueError(f"{name}: got head dim {d}; allowed: 1 to {MAX_HEAD_DIM}")
+            raise ArgumentValueError(f"{name}: got head dim {number(d)}; allowed: 1 to {MAX_HEAD_DIM}")
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         raise ArgumentValueError(
-            f"k: got {heads_k} heads with q of {heads_q}; allowed: a number of heads that divides q's, both at least 1"
+            f"k: got {number(heads_k)} heads with q of {number(heads_q)}; allowed: a number of heads that divides q's, both at least 1"
         )
     for name, s in (("q", seqlen_q), ("k", seqlen_k)):
         if s >= MAX_SEQLEN:
-            raise ArgumentValueError(f"{name}: got length {s}; allowed: under {MAX_SEQLEN}")
+            raise ArgumentValueError(f"{name}: got length {number(s)}; allowed: under {MAX_SEQLEN}")
     if attn_mask is not None:
         _check_mask(attn_mask, q, (batch, heads_q, seqlen_q, seqlen_k))
     return batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v
@@ -283,7 +293,7 @@ def _check_mask(mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int,
     )
     if not fits:
         raise ArgumentValueError(
-            f"attn_mask: got shape {tuple(mask.shape)}; allowed: one that broadcasts to (B, Hq, Sq, Sk) = {tuple(shape)}"
+            f"attn_mask: got shape {numbers(mask.shape)}; allowed: one that broadcasts to (B, Hq, Sq, Sk) = {numbers(shape)}"
         )
 
 

@@ -43,7 +43,8 @@ def _sdpa(
 ) -> torch.Tensor:
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     band = Band.of(options, seqlen_q, seqlen_k)
-    gqa = q.shape[1] != k.shape[1]
+    # a branch, not bool(): only that becomes a guard under Dynamo, and SDPA takes no SymBool
+    gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     if band == Band(None, 0) and attn_mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=gqa)
     inside = band_mask(band, seqlen_q, seqlen_k, q.device)

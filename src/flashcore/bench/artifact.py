@@ -20,7 +20,7 @@ from flashcore.bench.timing import Mode, Series
 from flashcore.environment import Clocks, Environment
 from flashcore.errors import ArgumentValueError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 # A sample is an event time (0.5 us fine) over the launches of a replay: below a tenth of a nanosecond there is nothing.
 SAMPLE_DECIMALS = 4
 

@@ -83,8 +83,8 @@ class Oracle:
 def verify(contender: Contender, call: Attention, oracle: Oracle, device: torch.device) -> Correctness:
     """Run the contender once and judge what it returned; raises whatever the contender raises.
 
-    Ours runs with poisoned memory, where an output never written is NaN and not the last contender's right answer. Peers
-    do not: the poison is a mode of PyTorch for which FlexAttention would compile twice.
+    Ours runs with poisoned memory, where an output never written is NaN and not the last contender's right answer.
+    Peers do not: the poison is a mode of PyTorch for which FlexAttention would compile twice.
     """
     poison = poisoned_memory(device) if contender.kind == "ours" else nullcontext()
     with watchdog(FIRST_CALL_SECONDS, f"{contender.name}: first call"), torch.no_grad(), contender.context(), poison:
@@ -101,9 +101,7 @@ def _pairs(shape: Shape, full_check_scores: int, seed: int) -> list[Pair] | None
     return [divmod(number, shape.heads_q) for number in sorted({0, count - 1, *drawn})]
 
 
-def _reference(
-    shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The float64 result and its twin of these heads, each like q with v's head dim."""
     ref, _ = reference.attention(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")
     twin, _ = reference.twin(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")

@@ -31,7 +31,7 @@ class Peaks(BaseModel):
 
 
 def measure(device: torch.device, dtypes: Iterable[str]) -> Peaks:
-    """Copy bandwidth in TB/s, and the matrix rate in TFLOP/s of each dtype ("fp16", ...), random data, on this device."""
+    """Copy bandwidth in TB/s and the matrix rate in TFLOP/s of each dtype ("fp16", ...), on random data."""
     kind = device.type
     size = MATRIX_SIZE[kind]
     with watchdog(HANG_SECONDS, "measuring the machine's peaks"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,14 +18,15 @@ from flashcore.bench.gate import Oracle, verify
 from flashcore.bench.inputs import InputSets
 from flashcore.bench.shapes import Shape
 from flashcore.bench.stats import ratio_of_medians
-from flashcore.errors import UnsupportedError
+from flashcore.errors import FlashCoreError, UnsupportedError
 
 FLOOR = "empty kernel"
 COLD_MEMORY_BYTES = 4 * 2**30
+SDPA_REFUSAL = "No available kernel"
 
 SAMPLE_MEANINGS = {
     "device_warm": "one CUDA-graph replay of K launches on the same inputs, event time / K",
-    "device_cold": "as device_warm; each launch has its own inputs and output, 3x L2 of other data is read before a replay",
+    "device_cold": "as device_warm, each launch on its own inputs and output, after 3x L2 of other data was read",
     "eager_stream": "wall clock of N Python calls and one synchronisation after them, / N",
     "eager_latency": "wall clock of one Python call and the synchronisation after it",
     "wall": "wall clock of one call on the CPU",
@@ -89,9 +90,8 @@ def _run_shape(
         records[name] = ContenderRecord(name=name, kind="peer", status="not timed", reason=reason)
     cold_sets, cold = _cold(request, shape, device)
     if device.type == "cuda":
-        floor = _floor(device)
-        records[FLOOR] = ContenderRecord(name=FLOOR, kind="floor", status="timed")
-        candidates.append(floor)
+        records[FLOOR], floor = _floor(device)
+        candidates.extend([floor] if floor else [])
     plan = timing.Plan(iters=request.iters, eager=request.eager, max_cold_sets=cold_sets)
     with torch.no_grad():
         outcomes = (
@@ -119,17 +119,21 @@ def _admit(
     """Verify one contender: its record, and what the timer runs if it passed. Nothing it raises ends the run."""
     base = ContenderRecord(name=contender.name, kind=contender.kind, status="not timed")
     inputs = sets[0]
-    try:
-        reason = contender.unavailable_reason(inputs)
-        if reason:
-            return base.model_copy(update={"reason": reason}), None
-        call = contender.prepare(inputs)
-        correctness = verify(contender, call, oracle, device)
-        detail = contender.detail(inputs)
-    except UnsupportedError as error:
-        return base.model_copy(update={"reason": str(error)}), None
-    except Exception as error:  # a contender may fail in any way; its row says how
-        return base.model_copy(update={"status": "failed", "reason": timing.describe(error)}), None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            reason = contender.unavailable_reason(inputs)
+            if reason:
+                return base.model_copy(update={"reason": reason}), None
+            call = contender.prepare(inputs)
+            correctness = verify(contender, call, oracle, device)
+            detail = contender.detail(inputs)
+        except UnsupportedError as error:
+            return base.model_copy(update={"reason": str(error)}), None
+        except Exception as error:  # a contender may fail in any way; its row says how
+            if SDPA_REFUSAL in str(error):
+                return base.model_copy(update={"reason": _sdpa_reason(said) or timing.describe(error)}), None
+            return base.model_copy(update={"status": "failed", "reason": timing.describe(error)}), None
     record = base.model_copy(update={"correctness": correctness, "detail": detail})
     if not correctness.passed:
         return record.model_copy(update={"status": "wrong", "reason": correctness.reason}), None
@@ -147,11 +151,15 @@ def _admit(
     return record, candidate
 
 
-def _floor(device: torch.device) -> timing.Candidate:
+def _floor(device: torch.device) -> tuple[ContenderRecord, timing.Candidate | None]:
     """The empty kernel, timed as the contenders are: no launch can take less."""
     from flashcore.runtime import empty_launch
 
-    return timing.Candidate(name=FLOOR, call=empty_launch(device), context=nullcontext)
+    record = ContenderRecord(name=FLOOR, kind="floor", status="failed")
+    try:
+        return record, timing.Candidate(name=FLOOR, call=empty_launch(device))
+    except FlashCoreError as error:
+        return record.model_copy(update={"reason": timing.describe(error)}), None
 
 
 def _cold(request: Request, shape: Shape, device: torch.device) -> tuple[int, str]:
@@ -165,6 +173,12 @@ def _cold(request: Request, shape: Shape, device: torch.device) -> tuple[int, st
         return 0, "not measured: one launch's inputs are already more than 3x L2, so warm is cold"
     sets = max(1, min(timing.MAX_LAUNCHES, COLD_MEMORY_BYTES // (shape.input_bytes + shape.output_bytes)))
     return sets, f"up to {sets} input sets, each used once a replay; 3 x {l2_bytes} bytes read before each replay"
+
+
+def _sdpa_reason(said: Sequence[warnings.WarningMessage]) -> str:
+    """SDPA refuses in one sentence whatever the cause, and says why in warnings, also about backends not asked for."""
+    lines = (str(warning.message).strip().partition("\n")[0].partition(" (Triggered")[0] for warning in said)
+    return "; ".join(dict.fromkeys(line for line in lines if "disabled" not in line and not line.endswith("because:")))
 
 
 def _with_outcome(record: ContenderRecord, outcome: timing.Outcome) -> ContenderRecord:
@@ -195,9 +209,7 @@ def _with_ratios(record: ContenderRecord, baseline: ContenderRecord | None, seed
 
 
 def _work(shape: Shape, measured: peaks.Peaks) -> WorkRecord:
-    bound = work.roofline(
-        shape, peak_tflops=measured.matrix_tflops[shape.dtype], peak_tbytes=measured.copy_tbytes
-    )
+    bound = work.roofline(shape, peak_tflops=measured.matrix_tflops[shape.dtype], peak_tbytes=measured.copy_tbytes)
     return WorkRecord(
         flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit
     )

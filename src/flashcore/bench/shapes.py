@@ -38,7 +38,7 @@ class Shape:
             raise ArgumentValueError(f"shape: every size must be at least 1, got {self.label}; allowed: {SHAPE_FORM}")
         if self.heads_q % self.heads_k:
             raise ArgumentValueError(
-                f"shape: {self.heads_q} query heads are not a multiple of {self.heads_k} key heads; allowed: {SHAPE_FORM}"
+                f"shape: {self.heads_q} query heads on {self.heads_k} key heads; allowed: a multiple, in {SHAPE_FORM}"
             )
         if self.dtype not in DTYPES:
             raise ArgumentValueError(f"dtype: {self.dtype!r} is unknown; allowed: {', '.join(DTYPES)}")

@@ -1,4 +1,4 @@
-"""The only timer. All contenders run interleaved, and the order is rotated each round so that none is always first.
+"""The only timer. All contenders run interleaved, in an order drawn anew each round.
 
 On a GPU, four series a contender, each in microseconds per launch:
 
@@ -17,6 +17,7 @@ On a CPU, one series: `wall`, the wall clock of one call.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,9 @@ class Candidate:
     """What is timed: `call` runs it once and returns its output (None for the empty kernel).
 
     `cold_call(i)` is the same call over input set i, None where there is nothing to be cold about; `context` is entered
-    around captures and loops, never inside them; `check` gets an output of the captured launches and says what is wrong
-    with it, or None. A candidate whose check fails is not timed: a launch that escaped the capture would look infinitely fast.
+    around captures and loops, never inside them; `check` gets an output of the captured launches and says what is
+    wrong with it, or None. Whose check fails is not timed: a launch that escaped the capture would look infinitely
+    fast.
     """
 
     name: str
@@ -93,10 +95,12 @@ def _silent(what: str, fraction: float) -> None:
     """The progress nobody watches."""
 
 
-def rotated(items: Sequence[T], by: int) -> list[T]:
-    """The items in order, starting at number `by` modulo their count."""
-    start = by % len(items) if items else 0
-    return [*items[start:], *items[:start]]
+def shuffled(items: Sequence[T], round_number: int) -> list[T]:
+    """The items in the order of this round, the same in every run.
+
+    Drawn, not rotated: rotation leaves each the same predecessor, whose caches and clocks it then always inherits.
+    """
+    return random.Random(round_number).sample(list(items), len(items))
 
 
 def time_cpu(candidates: Sequence[Candidate], plan: Plan, progress: Progress = _silent) -> dict[str, Outcome]:
@@ -111,7 +115,7 @@ def time_cpu(candidates: Sequence[Candidate], plan: Plan, progress: Progress = _
     running = [c for c in candidates if c.name not in outcomes]
     samples: dict[str, list[float]] = {c.name: [] for c in running}
     for round_number in range(plan.iters):
-        for candidate in rotated(running, round_number):
+        for candidate in shuffled(running, round_number):
             with candidate.context():
                 samples[candidate.name].append(_wall_us(candidate.call, 1))
         progress("timing", (round_number + 1) / plan.iters)
@@ -169,7 +173,7 @@ def launches_per_replay(launch_us: float) -> int:
 
 
 class _Flush:
-    """Reads 3x the L2's size of other data on the current stream: reading, unlike writing, leaves nothing to write back."""
+    """Reads 3x the L2's size of other data on the current stream; reading leaves nothing that must be written back."""
 
     def __init__(self, device: torch.device) -> None:
         size = 3 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -278,11 +282,11 @@ def _replay_rounds(
 ) -> list[tuple[_Replay, float]]:
     """One sample of each replay for each of these rounds, queued without a synchronisation between them."""
     torch.cuda.current_stream().synchronize()
-    # An untimed replay first: the host then stays ahead of the GPU, so that no sample holds the host's time to launch a graph.
-    rotated(replays, rounds.start)[-1]()
+    # An untimed replay first: the host then stays ahead of the GPU, and no sample holds its time to launch a graph.
+    shuffled(replays, rounds.start)[-1]()
     queued = []
     for round_number in rounds:
-        for replay in rotated(replays, round_number):
+        for replay in shuffled(replays, round_number):
             if before is not None:
                 before()
             start, end = _event_pair()
@@ -319,7 +323,7 @@ def _eager_rounds(
     for round_number in range(rounds):
         progress(round_number / rounds)
         with watchdog(HANG_SECONDS, "eager calls"):
-            for candidate in rotated(candidates, round_number):
+            for candidate in shuffled(candidates, round_number):
                 with candidate.context():
                     samples[candidate.name].append(_wall_us(candidate.call, counts[candidate.name]))
     return samples
@@ -335,7 +339,7 @@ def _host_estimate_us(candidate: Candidate) -> float:
 
 
 def _warm_up(candidate: Candidate) -> float:
-    """Run the warm-up calls in the context entered; the wall clock in microseconds of one call among the last of them."""
+    """Run the warm-up calls; the wall clock in microseconds of one call among the last of them."""
     _wall_us(candidate.call, WARMUP - 3)
     return _wall_us(candidate.call, 3)
 

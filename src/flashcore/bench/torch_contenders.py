@@ -1,4 +1,4 @@
-"""What PyTorch itself offers: each backend of SDPA forced, SDPA as users call it, compiled FlexAttention, and unfused."""
+"""What PyTorch offers: each backend of SDPA forced, SDPA as users call it, compiled FlexAttention, and unfused."""
 
 from __future__ import annotations
 

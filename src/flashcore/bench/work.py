@@ -1,4 +1,4 @@
-"""What a shape must do at least: attended pairs, floating-point operations, bytes; and what a measured time makes of it."""
+"""What a shape must do at least: attended pairs, floating-point operations, bytes; and what a time makes of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def attended_pairs(shape: Shape) -> int:
     """(query, key) pairs that are attended, over all batches and query heads; causal is aligned bottom-right."""
     per_head = shape.seqlen_q * shape.seqlen_k
     if shape.causal:
-        # Row i attends i + 1 + (Sk - Sq) keys, clamped to 0 .. Sk, so the rows that attend any form an arithmetic series.
+        # Row i attends i + 1 + (Sk - Sq) keys, clamped to 0 .. Sk: the rows that attend any form an arithmetic series.
         last = shape.seqlen_k
         first = max(1, 1 + shape.seqlen_k - shape.seqlen_q)
         per_head = (first + last) * (last - first + 1) // 2

@@ -17,10 +17,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; an error that FlashCore raises on purpose becomes one line on stderr and exit code 2."""
-    from flashcore.cli import bench, verify
+    from flashcore.cli import bench, explain, inspect, verify
 
-    bench.register(app)
-    verify.register(app)
+    for command in (explain, bench, verify, inspect):
+        command.register(app)
     try:
         app()
     except FlashCoreError as error:

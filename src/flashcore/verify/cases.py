@@ -22,6 +22,7 @@ MaskKind = Literal[
     "add_none",  # -inf everywhere
     "add_low",  # -1e30 everywhere on every second row, 0 elsewhere: each row is a plain softmax
     "add_lowest",  # the dtype's most negative finite value, on every second row
+    "add_lows",  # the dtype's lowest value and 0.9 of it on alternate keys, everywhere: only the latter weigh
     "add_low_keys",  # -1e30 on the last third of the keys: these weigh nothing, but are attended
 ]
 Storage = Literal[

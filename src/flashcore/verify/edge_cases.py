@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from flashcore.verify.cases import Case, MaskCase
+from flashcore.verify.cases import Case, MaskCase, Storage
 
 LENGTHS = (1, 17, 33, 197, 513, 1000)
 GIB = 2**30
@@ -77,6 +77,8 @@ def _head_dims() -> list[Case]:
         Case(
             name=f"dim-{d}-{_short(dtype)}",
             head_dim=d,
+            heads_q=1,
+            heads_k=1,
             seqlen_q=67,
             seqlen_k=131,
             dtype=dtype,
@@ -92,6 +94,8 @@ def _head_dims() -> list[Case]:
                     name=f"dim-{d}-v{dim_v}-{_short(dtype)}",
                     head_dim=d,
                     head_dim_v=dim_v,
+                    heads_q=1,
+                    heads_k=1,
                     seqlen_q=67,
                     seqlen_k=131,
                     dtype=dtype,
@@ -101,7 +105,7 @@ def _head_dims() -> list[Case]:
 
 
 def _dtypes() -> list[Case]:
-    shape = Case(name="", seqlen_q=129, seqlen_k=197)
+    shape = Case(name="", heads_q=1, heads_k=1, seqlen_q=129, seqlen_k=197)
     return [
         *(replace(shape, name=f"dtype-{_short(t)}", dtype=t) for t in ALL_TYPES),
         *(replace(shape, name=f"dtype-{_short(t)}-causal", dtype=t, causal=True) for t in ALL_TYPES),
@@ -111,8 +115,9 @@ def _dtypes() -> list[Case]:
 
 
 def _storages() -> list[Case]:
-    shape = Case(name="", batch=2, heads_q=3, heads_k=3, seqlen_q=67, seqlen_k=67)
+    shape = Case(name="", batch=2, seqlen_q=67, seqlen_k=67)
     cases = []
+    storage: Storage
     for storage in ("contiguous", "transposed", "strided", "packed", "unaligned", "padded", "expanded"):
         for layout in ("bshd", "bhsd"):
             cases.append(replace(shape, name=f"storage-{storage}-{layout}", storage=storage, layout=layout))
@@ -143,7 +148,7 @@ def _empty() -> list[Case]:
 
 
 def _values() -> list[Case]:
-    shape = Case(name="", seqlen_q=130, seqlen_k=197)
+    shape = Case(name="", heads_q=1, heads_k=1, seqlen_q=130, seqlen_k=197)
     cases = []
     for dtype in ALL_TYPES:
         cases += [
@@ -188,18 +193,27 @@ def _causal_and_windows() -> list[Case]:
 
 
 def _masks() -> list[Case]:
-    shape = Case(name="", seqlen_q=67, seqlen_k=131)
+    shape = Case(name="", heads_q=1, heads_k=1, seqlen_q=67, seqlen_k=131)
     cases = [
         replace(shape, name=f"mask-{kind}", mask=MaskCase(kind))
         for kind in ("bool", "bool_empty_rows", "bool_padding", "bool_none")
     ]
-    for kind in ("add", "add_empty_rows", "add_padding", "add_none", "add_low", "add_lowest", "add_low_keys"):
+    for kind in (
+        "add",
+        "add_empty_rows",
+        "add_padding",
+        "add_none",
+        "add_low",
+        "add_lowest",
+        "add_lows",
+        "add_low_keys",
+    ):
         for dtype in ALL_TYPES:
             if kind in ("add_low", "add_low_keys") and dtype == torch.float16:
                 continue  # -1e30 is -inf in float16
             cases.append(replace(shape, name=f"mask-{kind}-{_short(dtype)}", dtype=dtype, mask=MaskCase(kind)))
         cases.append(replace(shape, name=f"mask-{kind}-fp32-on-fp16", mask=MaskCase(kind, dtype=torch.float32)))
-    square = Case(name="", seqlen_q=130, seqlen_k=130)
+    square = Case(name="", heads_q=1, heads_k=1, seqlen_q=130, seqlen_k=130)
     cases += [
         replace(square, name="mask-bool-causal", causal=True, mask=MaskCase("bool")),
         Case(name="mask-bool-causal-197x33", seqlen_q=197, seqlen_k=33, causal=True, mask=MaskCase("bool")),
@@ -209,7 +223,9 @@ def _masks() -> list[Case]:
         replace(square, name="mask-add-low-causal-fp32", causal=True, mask=MaskCase("add_lowest"), dtype=torch.float32),
         replace(square, name="mask-add-large-logits", distribution="large", mask=MaskCase("add")),
         replace(square, name="mask-add-negative-scale", scale=-0.3, mask=MaskCase("add")),
-        replace(shape, name="mask-bool-bhsd-batch3", batch=3, layout="bhsd", mask=MaskCase("bool")),
+        replace(
+            shape, name="mask-bool-bhsd-batch3", batch=3, heads_q=2, heads_k=2, layout="bhsd", mask=MaskCase("bool")
+        ),
     ]
     return cases
 
@@ -229,7 +245,7 @@ def _mask_broadcasts() -> list[Case]:
 
 def _dead_keys() -> list[Case]:
     """Keys and values that no query may attend, holding NaN and inf: they never reach an output."""
-    shape = Case(name="", seqlen_q=67, seqlen_k=197, dead_nan=True)
+    shape = Case(name="", heads_q=1, heads_k=1, seqlen_q=67, seqlen_k=197, dead_nan=True)
     cases = []
     for dtype in ALL_TYPES:
         cases += [
@@ -244,7 +260,7 @@ def _dead_keys() -> list[Case]:
         replace(shape, name="dead-everything-add", mask=MaskCase("add_none")),
         replace(shape, name="dead-mask-key-broadcast", mask=MaskCase("bool_padding", "k")),
         replace(shape, name="dead-mask-batch-key", batch=2, mask=MaskCase("add_padding", "bk", expanded=True)),
-        replace(shape, name="dead-mask-gqa", heads_q=6, mask=MaskCase("bool_padding")),
+        replace(shape, name="dead-mask-gqa", heads_q=4, heads_k=2, mask=MaskCase("bool_padding")),
         replace(shape, name="dead-mask-softcap", softcap=5.0, mask=MaskCase("bool_padding")),
         replace(shape, name="dead-mask-window", window=(30, 30), mask=MaskCase("bool_padding")),
         replace(shape, name="dead-mask-padded", storage="padded", mask=MaskCase("bool_padding")),

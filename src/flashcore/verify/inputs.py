@@ -90,6 +90,7 @@ def _mask(case: Case, mask: MaskCase, generator: torch.Generator) -> torch.Tenso
         "add_none": torch.full(shape, -math.inf),
         "add_low": low,
         "add_lowest": lowest,
+        "add_lows": torch.where(key % 2 == 0, torch.finfo(dtype).min, 0.9 * torch.finfo(dtype).min).expand(shape),
         "add_low_keys": low,
     }
     return kinds[mask.kind].to(dtype)

@@ -28,9 +28,9 @@ def poisoned_memory(device: torch.device) -> Iterator[None]:
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = deterministic.fill_uninitialized_memory
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             if not torch.empty(8, dtype=dtype, device=device).isnan().all():
@@ -42,5 +42,5 @@ def poisoned_memory(device: torch.device) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
             yield
     finally:
-        deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

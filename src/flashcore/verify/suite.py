@@ -47,17 +47,16 @@ class Plan(Protocol):
 class Implementation:
     """What is being verified.
 
-    attention has the signature of `flashcore.attention` without impl (already bound); sdpa that of torch's
-    scaled_dot_product_attention, and explain that of attention, returning the plan of the call. Without sdpa the cases
-    of that entry are skipped, without explain results name no binary. leaks_dead says that NaN in a masked key is
-    known to reach outputs, as in PyTorch's own backends: those cases are then skipped, visibly.
+    attention has the signature of `flashcore.attention` without impl (already bound), sdpa that of torch's
+    scaled_dot_product_attention; explain and explain_sdpa take the same arguments and return the plan of the call.
+    Without sdpa the cases of that entry are skipped, without explain results name no binary.
     """
 
     name: str
     attention: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     sdpa: Callable[..., torch.Tensor] | None = None
     explain: Callable[..., Plan] | None = None
-    leaks_dead: bool = False
+    explain_sdpa: Callable[..., Plan] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,13 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
     started = time.perf_counter()
     ran: Ran | None = None
     try:
-        if implementation.explain is not None and case.entry == "attention":
-            ran = _ran(implementation.explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
+        explain = implementation.explain_sdpa if case.entry == "sdpa" else implementation.explain
+        if explain is not None:
+            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
+        if case.dead_nan and ran is not None and ran.impl == "torch":
+            return CaseResult(
+                case, "skipped", "run by PyTorch, in which NaN in a masked key may reach the output", ran=ran
+            )
         before = _fingerprint(inputs)
         with poisoned_memory(device):
             out, lse = _call(prepared, implementation)
@@ -152,6 +156,9 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
                 bitwise_equal = bitwise_equal and _same_bits(out, again) and _same_bits(lse, lse_again)
                 del again, lse_again
         seconds = time.perf_counter() - started
+        if explain is not None:
+            # Again: the hash of a binary that was compiled on demand is known only now.
+            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
         reasons = _contract_breaches(prepared, out, lse, before)
         output = compare_output(out, prepared.ref, prepared.twin)
         lse_result = None if lse is None else compare_lse(lse, prepared.lse, case.dtype)
@@ -186,8 +193,6 @@ def _why_skip(case: Case, implementation: Implementation, device: torch.device) 
             return f"{need}; {free / 2**30:.0f} GiB is free"
     if case.entry == "sdpa" and implementation.sdpa is None:
         return f"{implementation.name} has no SDPA entry"
-    if case.dead_nan and implementation.leaks_dead:
-        return f"{implementation.name} has PyTorch's behaviour: NaN in a masked key may reach the output"
     return ""
 
 
@@ -200,10 +205,7 @@ def _call(prepared: Prepared, implementation: Implementation) -> tuple[torch.Ten
             inputs.q,
             inputs.k,
             inputs.v,
-            attn_mask=inputs.attn_mask,
-            is_causal=case.causal,
-            scale=case.scale,
-            enable_gqa=case.heads_q != case.heads_k,
+            **_arguments(prepared),
         )
     else:
         result = implementation.attention(inputs.q, inputs.k, inputs.v, **_arguments(prepared))
@@ -219,7 +221,15 @@ def _call(prepared: Prepared, implementation: Implementation) -> tuple[torch.Ten
 
 
 def _arguments(prepared: Prepared) -> dict[str, object]:
+    """The keyword arguments of the case's entry."""
     case = prepared.case
+    if case.entry == "sdpa":
+        return {
+            "attn_mask": prepared.inputs.attn_mask,
+            "is_causal": case.causal,
+            "scale": case.scale,
+            "enable_gqa": case.heads_q != case.heads_k,
+        }
     return {
         **case.options,
         "attn_mask": prepared.inputs.attn_mask,

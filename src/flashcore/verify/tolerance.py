@@ -22,15 +22,15 @@ FLOOR_MAX_ABS = 0.06
 FLOOR_MEAN_ABS = 0.02
 TWIN_FACTOR = 2.0
 
-# LSE, absolute. Half inputs: mission.md section 6; what a scale rounded into a half q would break. float32: a dot product
-# of up to 256 float32 terms of order 1 is off by about 1e-6, as is exp2 against exp; one by TF32 by about 3e-4. 2e-5 lets
-# every IEEE order of summation through, and no TF32.
+# LSE, absolute. Half inputs: mission.md section 6; what a scale rounded into a half q would break. float32: a dot
+# product of up to 256 float32 terms of order 1 is off by about 1e-6, as is exp2 against exp; one by TF32 by about 3e-4.
+# 2e-5 lets every IEEE order of summation through, and no TF32.
 LSE_ATOL = {torch.float16: 2e-4, torch.bfloat16: 2e-4, torch.float32: 2e-5}
-# LSE, relative: it is a float32, and at 1e30 (a low finite mask) cannot be nearer than its own spacing. Half inputs: four
-# spacings (the sum, the way to base 2 and back, the final store). float32, where the absolute bound leaves no slack for
-# it: sixteen, because a dot product rounds with the sum of its terms' magnitudes, several times its value (measured with
-# scores of 30: 2e-5 = 6 spacings by IEEE products; TF32 would be off by 4e-3). The absolute bound rules up to
-# |lse| = 419 and 10.
+# LSE, relative: it is a float32, and at 1e30 (a low finite mask) cannot be nearer than its own spacing. Half inputs:
+# four spacings (the sum, the way to base 2 and back, the final store). float32, where the absolute bound leaves no
+# slack for it: sixteen, because a dot product rounds with the sum of its terms' magnitudes, several times its value
+# (measured with scores of 30: 2e-5 = 6 spacings by IEEE products; TF32 would be off by 4e-3). The absolute bound rules
+# up to |lse| = 419 and 10.
 LSE_RELATIVE = {
     torch.float16: 4 * torch.finfo(torch.float32).eps,
     torch.bfloat16: 4 * torch.finfo(torch.float32).eps,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from flashcore.kernels.portable.config import PortableConfig
-from flashcore.kernels.portable.tuning import choose_config
+from flashcore.kernels.portable.tuning import Kind, choose_config, configurations
 from flashcore.kernels.specialisation import Parameter, Specialisation
 from flashcore.spec import AttentionSpec
 
@@ -67,6 +67,17 @@ class Features:
         )
 
     @property
+    def kind(self) -> Kind:
+        """The row of the tuning table."""
+        if self.dtype == torch.float32:
+            return "fp32"
+        if self.mask != "none":
+            return "mask"
+        if self.partial_d or not self.fold_scale:
+            return "general"
+        return "plain" if self.band == "none" else self.band
+
+    @property
     def name(self) -> str:
         """A short readable id; what is usual is left out."""
         parts = [TYPE_NAMES[self.dtype], f"d{self.block_d}" + ("partial" if self.partial_d else ""), self.band]
@@ -120,6 +131,8 @@ def specialise(features: Features, config: PortableConfig) -> Specialisation:
         ("SOFTCAP", features.softcap),
         ("FOLD_SCALE", features.fold_scale),
         ("PRECISION", features.precision),
+        ("STAGES", config.num_stages),
+        ("EDGE_STAGES", config.edge_stages),
     )
     return Specialisation(
         kernel=KERNEL,
@@ -135,12 +148,7 @@ def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisa
     """The binary that a call on a GPU runs."""
     features = Features.of(spec)
     rows = spec.batch * spec.heads_q * spec.seqlen_q
-    return specialise(features, choose_config(features.block_d, features.dtype, arch, is_plain(features), rows, sm_count))
-
-
-def is_plain(features: Features) -> bool:
-    """Whether the features are those of the tuned core: half precision, exact head dim, no mask, no cap."""
-    return not features.partial_d
+    return specialise(features, choose_config(features.kind, features.block_d, arch, rows, sm_count))
 
 
 def grid(spec: AttentionSpec, specialisation: Specialisation) -> int:
@@ -202,8 +210,8 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
         found.append(replace(general, dtype=torch.float32, block_d=block_d))
     return tuple(
         dict.fromkeys(
-            specialise(features, choose_config(features.block_d, features.dtype, arch, is_plain(features), rows, sms))
+            specialise(features, config)
             for features in found
-            for rows, sms in ((1, 1 << 20), (1 << 40, 1))  # few rows and many: both ends of the tuning table
+            for config in configurations(features.kind, features.block_d, arch)
         )
     )

@@ -60,7 +60,7 @@ def _attend_range(
     band_lo, band_hi, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attend the key tiles in [start, stop); with MASKED, keys outside [n_begin, n_end) and outside the band are excluded."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -70,7 +70,7 @@ def _attend_range(
     k_offsets = offs_n.to(tl.int64)[:, None] * stride_ks + offs_d[None, :]
     v_offsets = offs_n.to(tl.int64)[:, None] * stride_vs + offs_dv[None, :]
 
-    for start_n in tl.range(start, stop, BLOCK_N):
+    for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = start_n + offs_n
         n_base = tl.cast(start_n, tl.int64)
         k = _load_rows(k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D)
@@ -138,7 +138,7 @@ def portable_forward(
     band_lo, band_hi, scale, softcap, store_lse,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale * q k^T [capped, biased, banded]) v for BLOCK_M rows of one head; grid = cdiv(Sq, BLOCK_M) * B * H.
 
@@ -180,31 +180,32 @@ def portable_forward(
         n_end = tl.maximum(0, tl.minimum(seqlen_k, m_last + band_hi + 1))
         full_end = tl.maximum(0, tl.minimum(seqlen_k, m0 + band_hi + 1))
     full_end = full_end // BLOCK_N * BLOCK_N
+    edge_begin = tl.maximum(full_begin, full_end)
     if MASK != "none":
-        full_end = 0  # every tile may hold a masked key
+        edge_begin = n_begin // BLOCK_N * BLOCK_N  # every tile may hold a masked key: one loop over all
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if HAS_LO:
+    if HAS_LO and MASK == "none":
         acc, l_i, m_i = _attend_range(
             acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, n_begin // BLOCK_N * BLOCK_N, tl.minimum(full_begin, n_end), n_begin, n_end, seqlen_q, head_dim, head_dim_v,
             band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
-            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, True,
+            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
         )  # fmt: skip
     if MASK == "none":
         acc, l_i, m_i = _attend_range(
             acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, full_begin, full_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
             band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
-            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, False,
+            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, STAGES, False,
         )  # fmt: skip
     acc, l_i, m_i = _attend_range(
         acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
-        offs_m, tl.maximum(full_begin, full_end), n_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
+        offs_m, edge_begin, n_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
         band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
-        HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, True,
+        HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
     )  # fmt: skip
 
     # A row that attended nothing: output 0, lse -inf.

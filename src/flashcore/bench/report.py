@@ -1,0 +1,30 @@
+"""The tables of an artifact on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flashcore.bench.artifact import Artifact
+from flashcore.bench.view import View, views
+
+
+def print_report(artifact: Artifact, console: Console) -> None:
+    """Print every table of the artifact with its notes."""
+    for view in views(artifact):
+        console.print(_table(view))
+        for note in view.notes:
+            console.print(note, style="dim", markup=False, highlight=False)
+
+
+def _table(view: View) -> Table:
+    table = Table(title=escape(view.title), title_justify="left", title_style="bold")
+    for number, column in enumerate(view.columns):
+        # Names and the verdict's sentence are read from the left, figures compared from the right.
+        left = number == 0 or column == "verdict"
+        table.add_column(escape(column), justify="left" if left else "right", overflow="fold", no_wrap=number == 0)
+    for row in view.rows:
+        style = "bold" if row[0].startswith("flashcore") else None
+        table.add_row(*(escape(cell) for cell in row), style=style)
+    return table

@@ -1,0 +1,163 @@
+"""The JSON file that a verification leaves: what ran where, and for each binary which cases it passed.
+
+This is the raw material of evidence, so it says everything and interprets nothing: whether a record proves anything
+of a binary is for evidence.py to decide.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from flashcore.environment import Environment, collect
+from flashcore.verify.suite import CaseResult, Verdict
+from flashcore.verify.tolerance import Comparison
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Error(_Model):
+    """A Comparison; a number that was not finite is None."""
+
+    max_abs: float | None
+    mean_abs: float | None
+    bound: float | None
+
+
+class CaseRecord(_Model):
+    """One case. output and lse are None where nothing was compared; reason is "" when it passed."""
+
+    name: str
+    verdict: Verdict
+    reason: str
+    output: Error | None
+    lse: Error | None
+    bitwise_equal: bool | None
+    impl: str | None
+    kernel: str | None
+    specialisation: str | None
+    binary_sha256: str | None
+    seconds: float
+
+
+class BinaryRecord(_Model):
+    """The cases that one binary ran, by name."""
+
+    kernel: str | None
+    specialisation: str | None
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+class VerifyRecord(_Model):
+    """A whole run. `binaries` is keyed by SHA-256; it is empty where kernels were interpreted.
+
+    environment holds the time, the command line and the hash of each kernel's source. suite and only say which cases
+    were asked for, so that a partial run cannot pass for a full one.
+    """
+
+    schema_version: Literal[1]
+    environment: Environment
+    implementation: str
+    device: str
+    interpreted: bool
+    suite: str
+    only: str | None
+    passed: int
+    failed: int
+    skipped: int
+    binaries: dict[str, BinaryRecord]
+    cases: tuple[CaseRecord, ...]
+
+
+def write(
+    path: Path,
+    results: Sequence[CaseResult],
+    *,
+    implementation: str,
+    device: str,
+    interpreted: bool,
+    suite: str,
+    only: str | None,
+) -> VerifyRecord:
+    """Write the results to `path` as JSON, whole or not at all, and return what was written."""
+    record = VerifyRecord(
+        schema_version=SCHEMA_VERSION,
+        environment=collect(),
+        implementation=implementation,
+        device=device,
+        interpreted=interpreted,
+        suite=suite,
+        only=only,
+        passed=sum(result.verdict == "passed" for result in results),
+        failed=sum(result.verdict == "failed" for result in results),
+        skipped=sum(result.verdict == "skipped" for result in results),
+        binaries=_binaries(results),
+        cases=tuple(map(_case, results)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(record.model_dump_json(indent=1) + "\n")
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is for secrets; this file gets committed
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return record
+
+
+def read(path: Path) -> VerifyRecord:
+    """Read a record back. Raises pydantic.ValidationError for a file that is not one, or of another schema version."""
+    return VerifyRecord.model_validate_json(path.read_text())
+
+
+def _binaries(results: Sequence[CaseResult]) -> dict[str, BinaryRecord]:
+    by_hash: dict[str, list[CaseResult]] = {}
+    for result in results:
+        if result.ran is not None and result.ran.binary_sha256 is not None:
+            by_hash.setdefault(result.ran.binary_sha256, []).append(result)
+    binaries = {}
+    for sha256, its in by_hash.items():
+        ran = its[0].ran
+        binaries[sha256] = BinaryRecord(
+            kernel=ran.kernel if ran else None,
+            specialisation=ran.specialisation if ran else None,
+            passed=tuple(result.case.name for result in its if result.verdict == "passed"),
+            failed=tuple(result.case.name for result in its if result.verdict == "failed"),
+        )
+    return binaries
+
+
+def _case(result: CaseResult) -> CaseRecord:
+    ran = result.ran
+    return CaseRecord(
+        name=result.case.name,
+        verdict=result.verdict,
+        reason=result.reason,
+        output=_error(result.output),
+        lse=_error(result.lse),
+        bitwise_equal=result.bitwise_equal,
+        impl=ran.impl if ran else None,
+        kernel=ran.kernel if ran else None,
+        specialisation=ran.specialisation if ran else None,
+        binary_sha256=ran.binary_sha256 if ran else None,
+        seconds=round(result.seconds, 4),
+    )
+
+
+def _error(comparison: Comparison | None) -> Error | None:
+    if comparison is None:
+        return None
+    numbers = (comparison.max_abs, comparison.mean_abs, comparison.bound)
+    max_abs, mean_abs, bound = (x if math.isfinite(x) else None for x in numbers)
+    return Error(max_abs=max_abs, mean_abs=mean_abs, bound=bound)

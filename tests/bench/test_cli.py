@@ -1,0 +1,58 @@
+"""`flashcore bench` from outside: exit codes, one line for a mistake, files written."""
+
+from pathlib import Path
+
+import pytest
+
+from flashcore import cli
+from flashcore.bench import contenders as registry
+from flashcore.bench.artifact import load
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["flashcore", "bench", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    return int(exit_info.value.code or 0)
+
+
+QUICK = ("--shape", "tiny", "--iters", "10", "--impl", "flashcore", "--impl", "sdpa-math", "--dtype", "fp32")
+
+
+def test_quick_run_writes_what_it_prints(monkeypatch, tmp_path: Path, capsys) -> None:
+    out, picture = tmp_path / "run.json", tmp_path / "run.png"
+    assert run(monkeypatch, *QUICK, "--causal", "--out", str(out), "--plot", str(picture)) == 0
+    printed = capsys.readouterr().out
+    artifact = load(out)
+    assert artifact.shapes[0].shape.label == "1,1,32,64 fp32 causal" and artifact.shapes[0].shape.label in printed
+    assert {c.name for c in artifact.shapes[0].contenders if c.status == "timed"} >= {"flashcore", "sdpa-math"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_of_ours_is_exit_1(monkeypatch, tmp_path: Path, capsys) -> None:
+    right = registry.flashcore.attention
+    monkeypatch.setattr(registry.flashcore, "attention", lambda *args, **kwargs: right(*args, **kwargs) * 0.95)
+    assert run(monkeypatch, *QUICK, "--out", str(tmp_path / "run.json")) == 1
+    rows = {c.name: c for c in load(tmp_path / "run.json").shapes[0].contenders}
+    assert rows["flashcore"].status == "wrong" and not rows["flashcore"].series
+    assert "error: flashcore on 1,1,32,64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--shape", "1,8,512"), "B,H,S,D"),
+        (("--grid", "big"), "small, fa, decode"),
+        (("--grid", "fa", "--shape", "tiny"), "one of them"),
+        (("--dtype", "fp8"), "fp16, bf16, fp32"),
+        (("--impl", "magic"), "flashcore-portable"),
+        (("--direction", "bwd"), "fwd"),
+        (("--iters", "3"), "10"),
+        (("--out", "/nowhere/at/all.json"), "folder that exists"),
+        (("--plot", "/"), "folder that exists"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(monkeypatch, capsys, arguments: tuple[str, ...], named: str) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error

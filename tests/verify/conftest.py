@@ -1,0 +1,12 @@
+"""One torch thread for these tests: their tensors are small, and beside other processes more threads only wait."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
