@@ -111,7 +111,9 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    o, _ = _dispatch(query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto")
+    o, _ = _dispatch(
+        query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto"
+    )
     return o
 
 

@@ -42,7 +42,13 @@ class Target:
         """The target behind a torch device. A CPU has an arch only in name: "cpu", run by the interpreter or not at all."""
         if device.type == "cuda":
             return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
-        return cls(name=device.type, arch=None, capability=None, sm_count=0, interpreted=device.type == "cpu" and interpreting())
+        return cls(
+            name=device.type,
+            arch=None,
+            capability=None,
+            sm_count=0,
+            interpreted=device.type == "cpu" and interpreting(),
+        )
 
 
 @cache

@@ -76,8 +76,8 @@ def _by_hand(
     if inside is not None:
         s = s.masked_fill(~inside, float("-inf"))
     lse = torch.logsumexp(s, -1)
-    # an empty row has lse -inf: any finite pivot makes its weights 0
-    p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    empty = (lse == float("-inf"))[..., None]
+    p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     return (p @ v.float()).to(q.dtype), lse
 
 

@@ -52,7 +52,7 @@ def test_mutations() -> None:
     ("arguments", "words"),
     [
         (("--only", "nothing*"), "matches none"),
-        (("--suite", "everything"), "allowed: mission, edge, all"),
+        (("--suite", "everything"), "allowed: mission, edge, shipped, all"),
         (("--impl", "cudnn"), "allowed: 'auto'"),
         (("--mutations", "--record", "x.json"), "nothing to record"),
     ],

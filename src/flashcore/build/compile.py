@@ -17,7 +17,19 @@ from flashcore.kernels.specialisation import Specialisation
 from flashcore.runtime.binary import Binary, BinaryInfo, KernelParameter
 from flashcore.sources import kernel_hash
 
-_PTX_SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
+_PTX_SIZES = {
+    "u64": 8,
+    "b64": 8,
+    "s64": 8,
+    "u32": 4,
+    "b32": 4,
+    "s32": 4,
+    "f32": 4,
+    "u16": 2,
+    "b16": 2,
+    "u8": 1,
+    "b8": 1,
+}
 
 
 def triton_version() -> str | None:
@@ -69,7 +81,9 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
     ptx = compiled.asm["ptx"]
     built_for = re.search(r"^\.target (\S+?),?$", ptx.replace(", debug", ""), re.MULTILINE)
     if built_for is None or built_for.group(1) != arch:
-        raise CompileError(f"{specialisation.name}: asked for {arch}, the compiler made {built_for and built_for.group(1)}")
+        raise CompileError(
+            f"{specialisation.name}: asked for {arch}, the compiler made {built_for and built_for.group(1)}"
+        )
     return Binary(
         cubin=cubin,
         info=BinaryInfo(

@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     impl: Annotated[str, typer.Option(help="What to verify: portable, torch or auto.")] = "portable",
-    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge or all.")] = "all",
+    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, shipped or all.")] = "all",
     only: Annotated[str | None, typer.Option(help="Only the cases whose names match this glob, e.g. 'mask-*'.")] = None,
     mutations: Annotated[
         bool, typer.Option("--mutations", help="Test the suite itself: six wrong kernels must fail.")

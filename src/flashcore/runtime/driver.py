@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -40,8 +39,8 @@ def _call(name: str, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
-def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> int:
-    """Load a cubin into the current context and return its CUfunction as an integer; it stays loaded for the process.
+def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> Any:
+    """Load a cubin into the current context and return its CUfunction; it stays loaded for the process.
 
     Raises:
         BinaryError: the driver does not accept the binary for this GPU, or it holds no such kernel.
@@ -60,20 +59,9 @@ def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> int:
         _call("cuFuncSetAttribute", function, attribute, shared)
     finally:
         _call("cuThreadExchangeStreamCaptureMode", mode)
-    return int(function)
+    return function
 
 
-@cache
-def launch_entry() -> Any:
-    """cuLaunchKernel as a C function: called with packed arguments it costs the host less than cuda-bindings' wrapper
-    (docs/notes/host-overhead.md)."""
-    bindings()  # a missing driver is reported in one way
-    entry = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    entry.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    entry.restype = ctypes.c_int
-    return entry
-
-
-def launch_error(status: int, what: str) -> DriverError:
+def launch_error(status: Any, what: str) -> DriverError:
     """The error for a launch that returned `status`."""
-    return DriverError(f"{what}: cuLaunchKernel failed: {bindings().CUresult(status).name}")
+    return DriverError(f"{what}: cuLaunchKernel failed: {status.name}")

@@ -80,7 +80,9 @@ def plan_call(
 
 def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
     """Whether autograd would record this call."""
-    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+    wanted = (
+        q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+    )
     return wanted and torch.is_grad_enabled()
 
 

@@ -6,19 +6,21 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
 from flashcore.errors import BinaryError
 from flashcore.runtime.binary import Binary
-from flashcore.runtime.driver import launch_entry, launch_error, load_function
+from flashcore.runtime.driver import bindings, launch_error, load_function
 
 _FORMATS = {"i64": "q", "i32": "i", "fp32": "f"}
-_functions: dict[tuple[str, int], int] = {}
+_functions: dict[tuple[str, int], Any] = {}
 _loading = threading.Lock()
 
 
-def _function(binary: Binary, device: int) -> int:
+def _function(binary: Binary, device: int) -> Any:
     """The loaded kernel, loaded once for each device."""
     key = (binary.info.sha256, device)
     with _loading:
@@ -30,6 +32,12 @@ def _function(binary: Binary, device: int) -> int:
                     binary.cubin, binary.info.symbol, binary.info.shared, f"{binary.info.name} for {binary.info.arch}"
                 )
         return _functions[key]
+
+
+@cache
+def _stream(handle: int) -> Any:
+    """cuda-bindings' object for a stream; making one costs more than finding it again."""
+    return bindings().CUstream(handle)
 
 
 class Launcher:
@@ -50,7 +58,7 @@ class Launcher:
         self._name = binary.info.name
         self._device = index
         self._grid = grid
-        self._entry = launch_entry()
+        self._launch_kernel = bindings().cuLaunchKernel
         self._function = _function(binary, index)
         self._threads = binary.info.threads
         self._shared = binary.info.shared
@@ -70,19 +78,16 @@ class Launcher:
         """Launch on the current stream of the device, with the addresses of this call's tensors (0 for an absent one)."""
         if self._grid == 0:
             return
-        if torch.cuda.current_device() != self._device:
+        # torch._C: the public calls build objects or check what is known here, at up to 1 us each
+        if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(pointers)
-        else:
-            self._launch(pointers)
-
-    def _launch(self, pointers: Sequence[int]) -> None:
-        # The raw-stream call is what torch's own inductor uses; torch.cuda.current_stream() builds an object for 1 us.
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+                self(pointers)
+            return
+        stream = _stream(torch._C._cuda_getCurrentRawStream(self._device))
         with self._lock:
             self._pack_pointers(self._buffer, 0, *pointers)
-            status = self._entry(
-                self._function, self._grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._arguments, None
+            (status,) = self._launch_kernel(
+                self._function, self._grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._arguments, 0
             )
-        if status != 0:
+        if status:
             raise launch_error(status, self._name)

@@ -65,7 +65,7 @@ def _heads() -> list[Case]:
     return [
         replace(gqa, name="heads-gqa-32-8"),
         replace(gqa, name="heads-gqa-32-8-causal-bhsd", causal=True, layout="bhsd"),
-        replace(gqa, name="heads-gqa-32-8-batch2-bf16", batch=2, dtype=torch.bfloat16, head_dim=128),
+        replace(gqa, name="heads-gqa-32-8-bf16", dtype=torch.bfloat16, head_dim=128),
         Case(name="heads-mqa-8-1", heads_q=8, heads_k=1, seqlen_q=33, seqlen_k=65),
         Case(name="heads-gqa-6-2-mask", batch=2, heads_q=6, heads_k=2, seqlen_q=33, seqlen_k=65, mask=MaskCase("bool")),
         Case(name="heads-odd-7", batch=3, heads_q=7, heads_k=7, seqlen_q=17, seqlen_k=33),
@@ -73,34 +73,20 @@ def _heads() -> list[Case]:
 
 
 def _head_dims() -> list[Case]:
+    shape = Case(name="", heads_q=1, heads_k=1, seqlen_q=67, seqlen_k=131)
     cases = [
-        Case(
-            name=f"dim-{d}-{_short(dtype)}",
-            head_dim=d,
-            heads_q=1,
-            heads_k=1,
-            seqlen_q=67,
-            seqlen_k=131,
-            dtype=dtype,
-            causal=dtype != torch.float16,
-        )
+        replace(shape, name=f"dim-{d}-{_short(dtype)}", head_dim=d, dtype=dtype, causal=dtype != torch.float16)
         for d in (1, 8, 16, 32, 33, 40, 64, 72, 80, 96, 111, 128, 160, 192, 256)
-        for dtype in ALL_TYPES
+        for dtype in HALF_TYPES
+    ]
+    cases += [
+        replace(shape, name=f"dim-{d}-fp32", head_dim=d, dtype=torch.float32, causal=True)
+        for d in (1, 33, 40, 64, 96, 128, 192, 256)
     ]
     for d, dim_v in ((192, 128), (64, 128), (128, 64), (40, 24), (256, 1), (1, 256), (33, 65)):
         for dtype in HALF_TYPES:
-            cases.append(
-                Case(
-                    name=f"dim-{d}-v{dim_v}-{_short(dtype)}",
-                    head_dim=d,
-                    head_dim_v=dim_v,
-                    heads_q=1,
-                    heads_k=1,
-                    seqlen_q=67,
-                    seqlen_k=131,
-                    dtype=dtype,
-                )
-            )
+            name = f"dim-{d}-v{dim_v}-{_short(dtype)}"
+            cases.append(replace(shape, name=name, head_dim=d, head_dim_v=dim_v, dtype=dtype))
     return cases
 
 

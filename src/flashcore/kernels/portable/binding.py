@@ -15,7 +15,11 @@ from flashcore.spec import AttentionSpec
 
 KERNEL = "portable_forward"
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "mask_ptr", "o_ptr", "lse_ptr")
-STRIDES = tuple(f"stride_{t}{d}" for t, dims in (("q", "bhs"), ("k", "bhs"), ("v", "bhs"), ("m", "bhqk"), ("o", "bhs")) for d in dims)
+STRIDES = tuple(
+    f"stride_{t}{d}"
+    for t, dims in (("q", "bhs"), ("k", "bhs"), ("v", "bhs"), ("m", "bhqk"), ("o", "bhs"))
+    for d in dims
+)
 INTEGERS = ("heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "band_lo", "band_hi")
 FLOATS = ("scale", "softcap")
 
@@ -124,6 +128,7 @@ def specialise(features: Features, config: PortableConfig) -> Specialisation:
         ("BLOCK_N", config.block_n),
         ("BLOCK_D", features.block_d),
         ("BLOCK_DV", features.block_d),
+        ("CHUNK_D", 16 if features.dtype == torch.float32 else 0),
         ("PARTIAL_D", features.partial_d),
         ("HAS_LO", features.band == "window"),
         ("HAS_HI", features.band != "none"),

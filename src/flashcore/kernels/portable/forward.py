@@ -6,6 +6,12 @@ scores in base 2, s = (q k^T) * scale * log2(e), and running maximum m, sum l an
     m' = max(m, max(s)),   p = 2^(s - m'),   a = 2^(m - m')
     l' = a * l + sum(p),   acc' = a * acc + p v,   o = acc / l,   lse = (m + log2(l)) * ln(2)
 
+Where scale * log2(e) cannot be folded into the exponent (a cap, a mask, a scale that is not positive), s and m stay in
+natural units and log2(e) multiplies s - m: a finite additive mask, however low, then never overflows to -inf.
+
+float32 is computed on the CUDA cores, its scores CHUNK_D products at a time: one sequential sum over a long head dim
+loses several times more than the blocked sums of a matrix library.
+
 Causality, windows and both alignments are one thing here, a *band*: row i attends key j iff
 `i + band_lo <= j <= i + band_hi`. Tiles wholly inside the band need no mask; only those on its edges (and the last,
 partial one) pay for it: one loop body, called with MASKED on and off.
@@ -23,8 +29,6 @@ import triton.language as tl
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# The most negative finite float32: where a finite additive mask would overflow to -inf, the row is still a softmax.
-LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -38,7 +42,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _load_rows(base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+def _load_rows(
+    base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr
+):
     if MASK_ROWS:
         inside = (rows >= row_begin) & (rows < row_end)
         if MASK_COLS:
@@ -53,12 +59,27 @@ def _load_rows(base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS
 
 
 @triton.jit
+def _chunked_scores(
+    q_base, k_base, q_offsets, k_offsets, rows, n, row_end, n_begin, n_end, head_dim,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_d in tl.range(0, head_dim, CHUNK_D, num_stages=1):
+        d = start_d + tl.arange(0, CHUNK_D)
+        q = _load_rows(q_base, q_offsets[:, None] + d[None, :], rows, d, 0, row_end, head_dim, True, True)
+        k = _load_rows(k_base, k_offsets[:, None] + d[None, :], n, d, n_begin, n_end, head_dim, True, True)
+        s += tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def _attend_range(
-    acc, l_i, m_i, q, k_base, v_base, mask_base,
-    stride_ks, stride_vs, stride_mq, stride_mk,
+    acc, l_i, m_i, q, q_base, k_base, v_base, mask_base,
+    stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
     offs_m, start, stop, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
     band_lo, band_hi, scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTIAL_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -73,14 +94,21 @@ def _attend_range(
     for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = start_n + offs_n
         n_base = tl.cast(start_n, tl.int64)
-        k = _load_rows(k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D)
         # [BLOCK_M, BLOCK_N]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CHUNK_D > 0:
+            s = _chunked_scores(
+                q_base, k_base + n_base * stride_ks, offs_m.to(tl.int64) * stride_qs, offs_n.to(tl.int64) * stride_ks,
+                offs_m, n, seqlen_q, n_begin, n_end, head_dim, BLOCK_M, BLOCK_N, CHUNK_D, PRECISION,
+            )  # fmt: skip
+        else:
+            k = _load_rows(
+                k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not FOLD_SCALE:
             s = s * scale
             if SOFTCAP:
                 s = _tanh(s / softcap) * softcap
-            s = s * LOG2_E
 
         v_kept = n < n_end
         if MASKED:
@@ -97,8 +125,7 @@ def _attend_range(
                 else:
                     bias = bias.to(tl.float32)
                     attended = attended & (bias != float("-inf"))
-                    s = s + tl.maximum(bias * LOG2_E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-                    s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                    s = s + bias
                 v_kept = tl.max(attended.to(tl.int32), 0) > 0
             s = tl.where(attended, s, float("-inf"))
 
@@ -112,13 +139,16 @@ def _attend_range(
             pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
         if FOLD_SCALE:
             p = tl.exp2(s * scale - pivot[:, None])
+            alpha = tl.exp2(m_i - pivot)
         else:
-            p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(m_i - pivot)
+            p = tl.exp2((s - pivot[:, None]) * LOG2_E)
+            alpha = tl.exp2((m_i - pivot) * LOG2_E)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
 
-        v = _load_rows(v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D)
+        v = _load_rows(
+            v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D
+        )
         if MASK != "none":
             v = tl.where(v_kept[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -136,7 +166,8 @@ def portable_forward(
     stride_ob, stride_oh, stride_os,
     heads_q, heads_per_kv, seqlen_q, seqlen_k, head_dim, head_dim_v,
     band_lo, band_hi, scale, softcap, store_lse,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTIAL_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +192,12 @@ def portable_forward(
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q_offsets = offs_m.to(tl.int64)[:, None] * stride_qs + offs_d[None, :]
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, q_offsets, offs_m, offs_d, 0, seqlen_q, head_dim, True, PARTIAL_D)
+    q_base = q_ptr + b * stride_qb + h * stride_qh
+    if CHUNK_D > 0:
+        q = 0.0  # read again for each tile of keys, a chunk at a time
+    else:
+        q_offsets = offs_m.to(tl.int64)[:, None] * stride_qs + offs_d[None, :]
+        q = _load_rows(q_base, q_offsets, offs_m, offs_d, 0, seqlen_q, head_dim, True, PARTIAL_D)
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
     mask_base = mask_ptr + b * stride_mb + h * stride_mh
@@ -189,22 +224,22 @@ def portable_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if HAS_LO and MASK == "none":
         acc, l_i, m_i = _attend_range(
-            acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
+            acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, n_begin // BLOCK_N * BLOCK_N, tl.minimum(full_begin, n_end), n_begin, n_end, seqlen_q, head_dim, head_dim_v,
-            band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
+            band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
             HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
         )  # fmt: skip
     if MASK == "none":
         acc, l_i, m_i = _attend_range(
-            acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
+            acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, full_begin, full_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
-            band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
+            band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
             HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, STAGES, False,
         )  # fmt: skip
     acc, l_i, m_i = _attend_range(
-        acc, l_i, m_i, q, k_base, v_base, mask_base, stride_ks, stride_vs, stride_mq, stride_mk,
+        acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
         offs_m, edge_begin, n_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
-        band_lo, band_hi, scale, softcap, BLOCK_N, BLOCK_D, BLOCK_DV, PARTIAL_D,
+        band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
         HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
     )  # fmt: skip
 
@@ -217,5 +252,7 @@ def portable_forward(
     else:
         tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=rows[:, None])
     if store_lse != 0:
-        lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
+        if FOLD_SCALE:
+            m_i = m_i * LN_2
+        lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_i) * LN_2)
         tl.store(lse_ptr + (b * heads_q + h) * seqlen_q + offs_m, lse, mask=rows)

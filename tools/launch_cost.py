@@ -1,0 +1,90 @@
+"""Measure what a launch costs the host: our launcher, Triton's own `fn[grid](...)` and SDPA, at the mission shape.
+
+    python tools/launch_cost.py OUT.json        # on a machine with an NVIDIA GPU and Triton
+
+A sample is the wall time of 200 calls over their number; the GPU is idle before each sample and its queue (1024 launches)
+never fills within one. The figures are quoted by docs/notes/host-overhead.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import flashcore
+from flashcore.environment import collect
+from flashcore.kernels.portable import binding
+from flashcore.kernels.registry import KERNELS
+from flashcore.runtime import empty_launch
+from flashcore.runtime.engine import plan_call
+from flashcore.runtime.launch import Launcher
+from flashcore.runtime.store import obtain
+from flashcore.spec import Options
+from flashcore.target import Target
+from flashcore.verify.watchdog import watchdog
+
+CALLS, SAMPLES = 200, 25
+
+
+def host_us(call: Callable[[], object]) -> dict[str, float]:
+    """Median and extremes of the host's time per call, in microseconds."""
+    for _ in range(CALLS):
+        call()
+    samples = []
+    for _ in range(SAMPLES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        samples.append((time.perf_counter() - start) / CALLS * 1e6)
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+
+
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    q, k, v = (torch.randn(1, 8, 512, 64, device=device, dtype=torch.float16) for _ in range(3))
+    o, lse = torch.empty_like(q), torch.empty(1, 8, 512, device=device)
+    options = Options.check(causal=False, scale=None, window=None, softcap=0.0, layout="bhsd")
+    spec, plan = plan_call(q, k, v, None, options, False, "portable")
+    assert plan.specialisation is not None
+    specialisation = plan.specialisation
+    scalars = binding.scalars(spec, specialisation)
+    launcher = Launcher(
+        obtain(specialisation, Target.of(device)),
+        device,
+        grid=plan.grid,
+        pointers=len(binding.POINTERS),
+        scalars=scalars,
+    )
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, o.data_ptr(), 0)
+    kernel = KERNELS[specialisation.kernel]
+    triton_launch = getattr(importlib.import_module(kernel.module), kernel.function)[(plan.grid,)]
+    constants = dict(specialisation.constants)
+    shape = {"num_warps": specialisation.num_warps, "num_stages": specialisation.num_stages}
+    calls: dict[str, Callable[[], object]] = {
+        "our launcher, empty kernel": empty_launch(device),
+        "our launcher, portable kernel": lambda: launcher(pointers),
+        "triton fn[grid], the same kernel": lambda: triton_launch(q, k, v, q, o, lse, *scalars, **constants, **shape),
+        "flashcore.attention, impl portable": lambda: flashcore.attention(q, k, v, layout="bhsd", impl="portable"),
+        "SDPA called plainly": lambda: F.scaled_dot_product_attention(q, k, v),
+        "torch.empty_like": lambda: torch.empty_like(q),
+    }
+    results = {}
+    for name, call in calls.items():
+        with watchdog(60, name):
+            results[name] = host_us(call)
+        print(f"{name:40s} {results[name]['median']:7.2f} us  (min {results[name]['min']:.2f})")
+    record = {"schema_version": 1, "environment": collect().model_dump(mode="json"), "host_us_per_call": results}
+    Path(sys.argv[1]).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
