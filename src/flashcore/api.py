@@ -57,9 +57,7 @@ def attention(
         ArgumentTypeError (a TypeError), ArgumentValueError (a ValueError): names the argument, what came, what is allowed.
         UnsupportedError (a NotImplementedError): the named impl cannot run this call on this device.
     """
-    o, lse = _dispatch(
-        q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl
-    )
+    o, lse = _dispatch(q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl)
     return (o, lse) if return_lse else o  # type: ignore[return-value]  # lse is a tensor where it was asked for
 
 
@@ -111,9 +109,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    o, _ = _dispatch(
-        query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto"
-    )
+    o, _ = _dispatch(query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto")
     return o
 
 
@@ -207,9 +203,7 @@ def _dispatch(
             top_left=top_left,
         )
     try:
-        options = Options.check(
-            causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
-        )
+        options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
         check_impl(impl)
         check_tensors(q, k, v, attn_mask, options.layout)
         recorded = engine.needs_grad(q, k, v, attn_mask)

@@ -54,15 +54,11 @@ class Options:
             raise ArgumentValueError(f"layout: got {layout!r}; allowed: {' or '.join(map(repr, LAYOUTS))}")
         if scale is not None:
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise ArgumentTypeError(
-                    f"scale: got {scale!r} of type {type(scale).__name__}; allowed: None or a number"
-                )
+                raise ArgumentTypeError(f"scale: got {scale!r} of type {type(scale).__name__}; allowed: None or a number")
             if not abs(scale) < math.inf:  # Dynamo traces no math.isfinite of a dynamic float
                 raise ArgumentValueError(f"scale: got {scale!r}; allowed: None or a finite number")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-            raise ArgumentTypeError(
-                f"softcap: got {softcap!r} of type {type(softcap).__name__}; allowed: a number >= 0"
-            )
+            raise ArgumentTypeError(f"softcap: got {softcap!r} of type {type(softcap).__name__}; allowed: a number >= 0")
         if not 0 <= softcap < math.inf:
             raise ArgumentValueError(f"softcap: got {softcap!r}; allowed: a finite number >= 0 (0 means no cap)")
         return cls(
@@ -257,9 +253,7 @@ def check_tensors(
         if named[name].dtype != q.dtype:
             raise ArgumentTypeError(f"{name}: got dtype {named[name].dtype} with q of {q.dtype}; allowed: q's dtype")
         if named[name].device != q.device:
-            raise ArgumentValueError(
-                f"{name}: got device {named[name].device} with q on {q.device}; allowed: q's device"
-            )
+            raise ArgumentValueError(f"{name}: got device {named[name].device} with q on {q.device}; allowed: q's device")
     heads, seq = (2, 1) if layout == "bshd" else (1, 2)
     batch, heads_q, heads_k = q.shape[0], q.shape[heads], k.shape[heads]
     seqlen_q, seqlen_k, head_dim, head_dim_v = q.shape[seq], k.shape[seq], q.shape[3], v.shape[3]
@@ -269,23 +263,17 @@ def check_tensors(
                 f"{name}: got batch {number(named[name].shape[0])} with q of {number(batch)}; allowed: q's batch"
             )
     if k.shape[3] != head_dim:
-        raise ArgumentValueError(
-            f"k: got head dim {number(k.shape[3])} with q of {number(head_dim)}; allowed: q's head dim"
-        )
+        raise ArgumentValueError(f"k: got head dim {number(k.shape[3])} with q of {number(head_dim)}; allowed: q's head dim")
     if v.shape[heads] != heads_k:
-        raise ArgumentValueError(
-            f"v: got {number(v.shape[heads])} heads with k of {number(heads_k)}; allowed: k's heads"
-        )
+        raise ArgumentValueError(f"v: got {number(v.shape[heads])} heads with k of {number(heads_k)}; allowed: k's heads")
     if v.shape[seq] != seqlen_k:
-        raise ArgumentValueError(
-            f"v: got length {number(v.shape[seq])} with k of {number(seqlen_k)}; allowed: k's length"
-        )
+        raise ArgumentValueError(f"v: got length {number(v.shape[seq])} with k of {number(seqlen_k)}; allowed: k's length")
     for name, d in (("q", head_dim), ("v", head_dim_v)):
         if d < 1 or d > MAX_HEAD_DIM:
             raise ArgumentValueError(f"{name}: got head dim {number(d)}; allowed: 1 to {MAX_HEAD_DIM}")
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         raise ArgumentValueError(
-            f"k: got {number(heads_k)} heads with q of {number(heads_q)}; allowed: a number of heads that divides q's, both at least 1"
+            f"k: got {number(heads_k)} heads with q of {number(heads_q)}; allowed: a divisor of q's, both at least 1"
         )
     for name, s in (("q", seqlen_q), ("k", seqlen_k)):
         if s >= MAX_SEQLEN:
@@ -299,9 +287,7 @@ def _check_mask(mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int,
     if not isinstance(mask, torch.Tensor):
         raise ArgumentTypeError(f"attn_mask: got {type(mask).__name__}; allowed: None or a torch.Tensor")
     if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        raise ArgumentTypeError(
-            f"attn_mask: got dtype {mask.dtype}; allowed: torch.bool, q's {q.dtype} or torch.float32"
-        )
+        raise ArgumentTypeError(f"attn_mask: got dtype {mask.dtype}; allowed: torch.bool, q's {q.dtype} or torch.float32")
     if mask.device != q.device:
         raise ArgumentValueError(f"attn_mask: got device {mask.device} with q on {q.device}; allowed: q's device")
     fits = mask.dim() <= 4 and all(

@@ -38,9 +38,7 @@ def attend(
     return (o.transpose(1, 2) if options.layout == "bshd" else o), lse if return_lse else None
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, options: Options
-) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, options: Options) -> torch.Tensor:
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     band = Band.of(options, seqlen_q, seqlen_k)
     # a branch, not bool(): only that becomes a guard under Dynamo, and SDPA takes no SymBool

@@ -48,9 +48,7 @@ def _record(shape: Shape) -> ShapeRecord:
     bound = work.roofline(shape, peak_tflops=PEAKS.matrix_tflops[shape.dtype], peak_tbytes=PEAKS.copy_tbytes)
     return ShapeRecord(
         shape=shape,
-        work=WorkRecord(
-            flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit
-        ),
+        work=WorkRecord(flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit),
         baseline="sdpa-cudnn",
         cold="up to 100 input sets",
         clocks_after=Clocks(sm_mhz=1980, memory_mhz=3201),

@@ -64,9 +64,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], words: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_case_exits_1_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_case_exits_1_and_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import typer
     from typer.testing import CliRunner
 

@@ -91,9 +91,7 @@ def test_against_brute_force(mask, options) -> None:
 @pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
 def test_lengths_against_brute_force(sq, sk, options) -> None:
     q, k, v = _qkv(b=1, sq=sq, sk=sk)
-    torch.testing.assert_close(
-        reference.attention(q, k, v, **options), _brute(q, k, v, **options), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(reference.attention(q, k, v, **options), _brute(q, k, v, **options), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -53,9 +53,7 @@ def test_every_case_can_be_built_as_it_says() -> None:
             continue
         x = build(case, CPU)
         batch_first = (case.batch, case.seqlen_q, case.heads_q, case.head_dim)
-        want = (
-            batch_first if case.layout == "bshd" else (batch_first[0], batch_first[2], batch_first[1], batch_first[3])
-        )
+        want = batch_first if case.layout == "bshd" else (batch_first[0], batch_first[2], batch_first[1], batch_first[3])
         assert tuple(x.q.shape) == want and x.v.shape[-1] == case.dim_v
         assert x.q.dtype == x.k.dtype == x.v.dtype == case.dtype
         assert all(t.stride(-1) == 1 for t in (x.q, x.k, x.v) if t.numel() and t.shape[-1] > 1)

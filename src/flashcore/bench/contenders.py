@@ -76,9 +76,7 @@ def _ours_unavailable(impl: str, inputs: Inputs) -> str | None:
 
 def _plan(impl: str, inputs: Inputs) -> Plan:
     shape = inputs.shape
-    return flashcore.explain(
-        inputs.q, inputs.k, inputs.v, causal=shape.causal, scale=shape.scale, layout="bhsd", impl=impl
-    )
+    return flashcore.explain(inputs.q, inputs.k, inputs.v, causal=shape.causal, scale=shape.scale, layout="bhsd", impl=impl)
 
 
 def _plan_text(impl: str, inputs: Inputs) -> str:

@@ -74,9 +74,7 @@ def run(request: Request, device: torch.device, progress: Callable[[int, str, fl
     return Artifact(environment=found, settings=settings, peaks=measured, shapes=records)
 
 
-def _run_shape(
-    request: Request, shape: Shape, device: torch.device, measured: peaks.Peaks, progress: Progress
-) -> ShapeRecord:
+def _run_shape(request: Request, shape: Shape, device: torch.device, measured: peaks.Peaks, progress: Progress) -> ShapeRecord:
     sets = InputSets(shape, device, request.seed)
     oracle = Oracle(sets[0], request.seed)
     records: dict[str, ContenderRecord] = {}
@@ -210,6 +208,4 @@ def _with_ratios(record: ContenderRecord, baseline: ContenderRecord | None, seed
 
 def _work(shape: Shape, measured: peaks.Peaks) -> WorkRecord:
     bound = work.roofline(shape, peak_tflops=measured.matrix_tflops[shape.dtype], peak_tbytes=measured.copy_tbytes)
-    return WorkRecord(
-        flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit
-    )
+    return WorkRecord(flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit)

@@ -55,9 +55,7 @@ def summarise(samples: Sequence[float]) -> Stats:
     )
 
 
-def ratio_of_medians(
-    samples: Sequence[float], baseline_samples: Sequence[float], *, baseline: str, seed: int = 0
-) -> Ratio:
+def ratio_of_medians(samples: Sequence[float], baseline_samples: Sequence[float], *, baseline: str, seed: int = 0) -> Ratio:
     """median(baseline) / median(samples): above 1 the contender is the faster one.
 
     Sample i of both comes from the same round of the timer, so the bootstrap draws rounds, not samples: what made a

@@ -277,9 +277,7 @@ def _replay_all(
         yield replay, tuple(samples[replay.name])
 
 
-def _replay_rounds(
-    replays: Sequence[_Replay], rounds: range, before: Callable[[], None] | None
-) -> list[tuple[_Replay, float]]:
+def _replay_rounds(replays: Sequence[_Replay], rounds: range, before: Callable[[], None] | None) -> list[tuple[_Replay, float]]:
     """One sample of each replay for each of these rounds, queued without a synchronisation between them."""
     torch.cuda.current_stream().synchronize()
     # An untimed replay first: the host then stays ahead of the GPU, and no sample holds its time to launch a graph.

@@ -52,9 +52,7 @@ def shape_view(artifact: Artifact, record: ShapeRecord) -> View:
     if on_gpu:
         notes.append(f"cold: {record.cold}")
     if record.baseline:
-        notes.append(
-            f"x {record.baseline}: its median over the row's, with a 95 % bootstrap interval; above 1 is faster"
-        )
+        notes.append(f"x {record.baseline}: its median over the row's, with a 95 % bootstrap interval; above 1 is faster")
     notes += [f"{c.name} is {c.detail}" for c in shown if c.kind == "ours" and c.detail]
     notes += [f"{c.name}: not timed: {c.reason}" for c in record.contenders if c.status == "not timed"]
     return View(f"{record.shape.label} on {_where(artifact)}", tuple(columns), rows, (*notes, *_caveats(artifact)))
@@ -146,9 +144,7 @@ def _reasons(artifact: Artifact) -> list[str]:
     for record in artifact.shapes:
         for contender in record.contenders:
             if contender.status != "timed":
-                found.setdefault((contender.name, f"{contender.status}: {contender.reason}"), []).append(
-                    record.shape.label
-                )
+                found.setdefault((contender.name, f"{contender.status}: {contender.reason}"), []).append(record.shape.label)
     total = len(artifact.shapes)
     return [
         f"{name}: {reason} ({'all shapes' if len(labels) == total else '; '.join(labels)})"

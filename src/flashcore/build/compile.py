@@ -81,9 +81,7 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
     ptx = compiled.asm["ptx"]
     built_for = re.search(r"^\.target (\S+?),?$", ptx.replace(", debug", ""), re.MULTILINE)
     if built_for is None or built_for.group(1) != arch:
-        raise CompileError(
-            f"{specialisation.name}: asked for {arch}, the compiler made {built_for and built_for.group(1)}"
-        )
+        raise CompileError(f"{specialisation.name}: asked for {arch}, the compiler made {built_for and built_for.group(1)}")
     return Binary(
         cubin=cubin,
         info=BinaryInfo(

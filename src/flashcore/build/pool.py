@@ -49,9 +49,7 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         out = self._folder / "cubin"
         try:
-            process.stdin.write(
-                json.dumps({"key": request.specialisation.key, "arch": request.arch, "out": str(out)}) + "\n"
-            )
+            process.stdin.write(json.dumps({"key": request.specialisation.key, "arch": request.arch, "out": str(out)}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -59,9 +57,7 @@ class _Worker:
         if not line:
             status = process.wait()
             words = (self._folder / "stderr").read_text(errors="replace")[-2000:]
-            return Outcome(
-                request, None, f"{request.specialisation.name}: the compiler died with status {status}: {words}"
-            )
+            return Outcome(request, None, f"{request.specialisation.name}: the compiler died with status {status}: {words}")
         answer = json.loads(line)
         if "error" in answer:
             return Outcome(request, None, answer["error"])

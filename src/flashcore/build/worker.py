@@ -28,6 +28,7 @@ def main() -> None:
 
         for line in sys.stdin:
             request = json.loads(line)
+            answer: dict[str, object]
             try:
                 binary = compile_specialisation(Specialisation.from_key(request["key"]), request["arch"])
                 Path(request["out"]).write_bytes(binary.cubin)

@@ -25,8 +25,8 @@ def explain(
     import torch
 
     import flashcore
-    from flashcore.bench.shapes import override, parse_shape
     from flashcore import evidence
+    from flashcore.bench.shapes import override, parse_shape
     from flashcore.bench.work import roofline
     from flashcore.errors import ArgumentValueError
 

@@ -34,9 +34,7 @@ def verify(
     impl: Annotated[str, typer.Option(help="What to verify: portable, torch or auto.")] = "portable",
     suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, shipped or all.")] = "all",
     only: Annotated[str | None, typer.Option(help="Only the cases whose names match this glob, e.g. 'mask-*'.")] = None,
-    mutations: Annotated[
-        bool, typer.Option("--mutations", help="Test the suite itself: six wrong kernels must fail.")
-    ] = False,
+    mutations: Annotated[bool, typer.Option("--mutations", help="Test the suite itself: six wrong kernels must fail.")] = False,
     record: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases and run nothing.")] = False,
 ) -> None:

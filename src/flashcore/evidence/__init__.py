@@ -1,20 +1,126 @@
-"""What was verified and measured on GPUs, and what follows from it for a plan. The JSON beside this file is the record."""
+"""What was verified and measured on GPUs, and what follows from it for a plan.
+
+The records of each GPU lie in a folder beside this file (`nvidia-h200/`): verify.json and bench-*.json as the commands wrote
+them, and index.json, the little of them that planning needs, made by `flashcore evidence` and never edited.
+"""
 
 from __future__ import annotations
 
+import math
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from flashcore.spec import AttentionSpec
+from pydantic import BaseModel, ConfigDict
+
+from flashcore.sources import kernel_hash
+from flashcore.spec import AttentionSpec, Band
 from flashcore.target import Target
 
 State = Literal["verified", "compiled", "experimental"]
 
+FOLDER = Path(__file__).parent
+# Beyond a factor of four in work or parallelism from the nearest measured shape, nothing is claimed.
+MAX_DISTANCE = 2.0
+# Measured ratios closer to 1 than this are noise.
+MARGIN = 0.97
+
+
+class Timing(BaseModel):
+    """Device time (L2 warm, p50, microseconds) of one shape, by contender."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    causal: bool
+    us: dict[str, float]
+
+
+class Peaks(BaseModel):
+    """The ceilings measured on the GPU: matrix rate in TFLOP/s by dtype, copy bandwidth in TB/s."""
+
+    model_config = ConfigDict(frozen=True)
+
+    matrix_tflops: dict[str, float]
+    copy_tbytes: float
+
+
+class Index(BaseModel):
+    """The evidence of one GPU: kernel source hashes, the binaries that passed every case they met, and timings."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1] = 1
+    gpu: str
+    arch: str
+    # kernel id -> SHA-256 of the source that was verified
+    sources: dict[str, str]
+    # binary SHA-256 -> (specialisation, cases passed)
+    verified: dict[str, tuple[str, int]]
+    peaks: Peaks | None
+    timings: list[Timing]
+
+
+@cache
+def indexes() -> tuple[Index, ...]:
+    """The evidence of every GPU there is any of. Raises pydantic.ValidationError for a damaged file."""
+    return tuple(Index.model_validate_json(path.read_text()) for path in sorted(FOLDER.glob("*/index.json")))
+
 
 def state(kernel: str, binary_sha256: str | None, target: Target) -> State:
-    """How far this very binary is backed by a run on a GPU."""
-    return "experimental"
+    """How far a binary is backed: it passed on a GPU of this arch, its source did elsewhere, or neither."""
+    current = [index for index in indexes() if index.sources.get(kernel) == kernel_hash(kernel)]
+    if any(index.arch == target.arch and binary_sha256 in index.verified for index in current):
+        return "verified"
+    return "compiled" if current else "experimental"
+
+
+def _of_gpu(name: str) -> Index | None:
+    return next((index for index in indexes() if index.gpu == name), None)
+
+
+def peaks(gpu: str) -> Peaks | None:
+    """The measured ceilings of a GPU by its name, or None where none are recorded."""
+    index = _of_gpu(gpu)
+    return None if index is None else index.peaks
 
 
 def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
-    """Why PyTorch is the faster choice for this call by the recorded measurements, or None where it is not known to be."""
-    return None
+    """Why PyTorch is the faster choice for a call by the measurements on this GPU; None where they do not say so.
+
+    Speaks only of what was measured: half precision, equal head dims, no mask, cap or window, causal or not; by the nearest
+    shape of that head dim, no further than a factor of four away.
+    """
+    index = _of_gpu(target.name)
+    plain = spec.mask is None and spec.softcap == 0 and spec.head_dim == spec.head_dim_v and spec.dtype.itemsize == 2
+    full = spec.band == Band(None, None)
+    if index is None or not plain or not (full or spec.square_causal) or 0 in spec.output_shape or spec.seqlen_k == 0:
+        return None
+
+    def distance(timing: Timing) -> float:
+        """In factors of two: of the work of a head, and of the number of heads."""
+        work = math.log2(spec.seqlen_q * spec.seqlen_k / (timing.seqlen_q * timing.seqlen_k)) / 2
+        heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
+        return abs(work) + abs(heads)
+
+    alike = [
+        timing
+        for timing in index.timings
+        if timing.head_dim == spec.head_dim
+        and timing.causal == spec.square_causal
+        and {"flashcore-portable", "sdpa-auto"} <= timing.us.keys()
+    ]
+    if not alike:
+        return None
+    nearest = min(alike, key=distance)
+    ours, torchs = nearest.us["flashcore-portable"], nearest.us["sdpa-auto"]
+    if distance(nearest) > MAX_DISTANCE or torchs >= MARGIN * ours:
+        return None
+    return (
+        f"is slower here by measurement: {ours:.1f} us against {torchs:.1f} for PyTorch's SDPA at the nearest measured shape "
+        f"({nearest.batch},{nearest.heads},{nearest.seqlen_q},{nearest.head_dim}) on {index.gpu}"
+    )

@@ -16,19 +16,23 @@ EMPTY = Specialisation(kernel="empty", name="empty", parameters=(), constants=()
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`module` holds the jitted `function`; `sources` are the files that a binary of it is made of."""
+    """`module` holds the jitted `function`; `sources` are the files that a binary of it is made of.
+
+    `computes`: it has a result, which evidence must then vouch for.
+    """
 
     id: str
     module: str
     function: str
     sources: tuple[str, ...]
     shipped: Callable[[str], tuple[Specialisation, ...]]
+    computes: bool = True
 
 
 KERNELS = {
     kernel.id: kernel
     for kernel in (
-        Kernel("empty", "flashcore.kernels.empty", "empty", ("kernels/empty.py",), lambda arch: (EMPTY,)),
+        Kernel("empty", "flashcore.kernels.empty", "empty", ("kernels/empty.py",), lambda arch: (EMPTY,), computes=False),
         Kernel(
             portable.KERNEL,
             "flashcore.kernels.portable.forward",

@@ -51,9 +51,7 @@ def run(
             return prepared(q, k, v, attn_mask)
     else:
         key = None  # validation says what is wrong
-    options = Options.check(
-        causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left
-    )
+    options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
     spec, plan = plan_call(q, k, v, attn_mask, options, return_lse, impl)
     prepared = _prepare(spec, plan, options)
     if len(_prepared) >= _MAX_PREPARED:
@@ -80,9 +78,7 @@ def plan_call(
 
 def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
     """Whether autograd would record this call."""
-    wanted = (
-        q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-    )
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
     return wanted and torch.is_grad_enabled()
 
 

@@ -162,7 +162,5 @@ def select(suite: str = "all", only: str | None = None) -> list[Case]:
         return cases
     chosen = [case for case in cases if fnmatchcase(case.name, only)]
     if not chosen:
-        raise ArgumentValueError(
-            f"only: {only!r} matches none of the {len(cases)} cases of suite {suite!r} (see --list)"
-        )
+        raise ArgumentValueError(f"only: {only!r} matches none of the {len(cases)} cases of suite {suite!r} (see --list)")
     return chosen

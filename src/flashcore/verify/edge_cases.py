@@ -109,9 +109,7 @@ def _storages() -> list[Case]:
             cases.append(replace(shape, name=f"storage-{storage}-{layout}", storage=storage, layout=layout))
     for dtype in (torch.bfloat16, torch.float32):
         for storage in ("strided", "unaligned", "padded"):
-            cases.append(
-                replace(shape, name=f"storage-{storage}-{_short(dtype)}", storage=storage, dtype=dtype, head_dim=80)
-            )
+            cases.append(replace(shape, name=f"storage-{storage}-{_short(dtype)}", storage=storage, dtype=dtype, head_dim=80))
     cases += [
         replace(shape, name="storage-padded-causal", storage="padded", causal=True, head_dim=40),
         replace(shape, name="storage-padded-window", storage="padded", window=(20, 3), head_dim=33),
@@ -172,9 +170,7 @@ def _causal_and_windows() -> list[Case]:
             name = f"window-{left}.{right}-{seqlen_q}x{seqlen_k}"
             cases.append(replace(lengths, name=name, window=(left, right), heads_q=1, heads_k=1))
             if left >= 0:
-                cases.append(
-                    replace(lengths, name=f"{name}-causal", window=(left, right), causal=True, heads_q=1, heads_k=1)
-                )
+                cases.append(replace(lengths, name=f"{name}-causal", window=(left, right), causal=True, heads_q=1, heads_k=1))
     return cases
 
 
@@ -209,9 +205,7 @@ def _masks() -> list[Case]:
         replace(square, name="mask-add-low-causal-fp32", causal=True, mask=MaskCase("add_lowest"), dtype=torch.float32),
         replace(square, name="mask-add-large-logits", distribution="large", mask=MaskCase("add")),
         replace(square, name="mask-add-negative-scale", scale=-0.3, mask=MaskCase("add")),
-        replace(
-            shape, name="mask-bool-bhsd-batch3", batch=3, heads_q=2, heads_k=2, layout="bhsd", mask=MaskCase("bool")
-        ),
+        replace(shape, name="mask-bool-bhsd-batch3", batch=3, heads_q=2, heads_k=2, layout="bhsd", mask=MaskCase("bool")),
     ]
     return cases
 

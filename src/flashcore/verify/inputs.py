@@ -96,9 +96,7 @@ def _mask(case: Case, mask: MaskCase, generator: torch.Generator) -> torch.Tenso
     return kinds[mask.kind].to(dtype)
 
 
-def _spoil_dead(
-    case: Case, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _spoil_dead(case: Case, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Put NaN, inf and -inf in turn into the keys and values that no query of their group may attend.
 
     Raises ValueError when there are none: the case would test nothing.
@@ -131,9 +129,7 @@ def _place(
     if case.storage == "packed":
         # (B, S, 3, H, D) or (B, H, S, 3, D)
         q, k, v = (
-            torch.stack(tensors, dim=2 if case.layout == "bshd" else 3)
-            .to(device)
-            .unbind(2 if case.layout == "bshd" else 3)
+            torch.stack(tensors, dim=2 if case.layout == "bshd" else 3).to(device).unbind(2 if case.layout == "bshd" else 3)
         )
         return q, k, v
     if case.storage in ("far_batch", "far_sequence"):
@@ -191,9 +187,7 @@ def _place_far(
             block = x.shape[0] * strides[0]
         layouts.append((x, strides, offset))
         offset += block
-    reach = max(
-        start + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) for x, strides, start in layouts
-    )
+    reach = max(start + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) for x, strides, start in layouts)
     buffer = _nan((reach + 1,), case.dtype, device)
     for x, strides, start in layouts:
         view = buffer.as_strided(x.shape, strides, start)

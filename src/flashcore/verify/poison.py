@@ -34,9 +34,7 @@ def poisoned_memory(device: torch.device) -> Iterator[None]:
     try:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             if not torch.empty(8, dtype=dtype, device=device).isnan().all():
-                raise RuntimeError(
-                    f"uninitialised {dtype} memory on {device} is not poisoned, so nothing would be proved"
-                )
+                raise RuntimeError(f"uninitialised {dtype} memory on {device} is not poisoned, so nothing would be proved")
         with warnings.catch_warnings():
             # cuBLAS's warning about its workspace: bitwise equality is checked by the suite, on what really ran.
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")

@@ -38,9 +38,7 @@ def shipped_cases() -> list[Case]:
                 replace(exact, name=f"{exact.name}-mask-add", mask=MaskCase("add_empty_rows", dtype=dtype)),
             ]
     cases += [
-        Case(
-            name=f"shipped-fp32-d{d}", dtype=torch.float32, head_dim=d, heads_q=1, heads_k=1, seqlen_q=67, seqlen_k=131
-        )
+        Case(name=f"shipped-fp32-d{d}", dtype=torch.float32, head_dim=d, heads_q=1, heads_k=1, seqlen_q=67, seqlen_k=131)
         for d in (64, 128, 256)
     ]
     return cases

@@ -144,9 +144,7 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
         if explain is not None:
             ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
         if case.dead_nan and ran is not None and ran.impl == "torch":
-            return CaseResult(
-                case, "skipped", "run by PyTorch, in which NaN in a masked key may reach the output", ran=ran
-            )
+            return CaseResult(case, "skipped", "run by PyTorch, in which NaN in a masked key may reach the output", ran=ran)
         before = _fingerprint(inputs)
         with poisoned_memory(device):
             out, lse = _call(prepared, implementation)

@@ -16,9 +16,7 @@ from flashcore.spec import AttentionSpec
 KERNEL = "portable_forward"
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "mask_ptr", "o_ptr", "lse_ptr")
 STRIDES = tuple(
-    f"stride_{t}{d}"
-    for t, dims in (("q", "bhs"), ("k", "bhs"), ("v", "bhs"), ("m", "bhqk"), ("o", "bhs"))
-    for d in dims
+    f"stride_{t}{d}" for t, dims in (("q", "bhs"), ("k", "bhs"), ("v", "bhs"), ("m", "bhqk"), ("o", "bhs")) for d in dims
 )
 INTEGERS = ("heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "band_lo", "band_hi")
 FLOATS = ("scale", "softcap")

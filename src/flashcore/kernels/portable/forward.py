@@ -42,9 +42,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _load_rows(
-    base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr
-):
+def _load_rows(base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     if MASK_ROWS:
         inside = (rows >= row_begin) & (rows < row_end)
         if MASK_COLS:
@@ -101,9 +99,7 @@ def _attend_range(
                 offs_m, n, seqlen_q, n_begin, n_end, head_dim, BLOCK_M, BLOCK_N, CHUNK_D, PRECISION,
             )  # fmt: skip
         else:
-            k = _load_rows(
-                k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D
-            )
+            k = _load_rows(k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not FOLD_SCALE:
             s = s * scale
@@ -146,9 +142,7 @@ def _attend_range(
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
 
-        v = _load_rows(
-            v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D
-        )
+        v = _load_rows(v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D)
         if MASK != "none":
             v = tl.where(v_kept[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -1,0 +1,57 @@
+"""`flashcore evidence`: make, or check, what follows from the recorded runs: the index and the generated tables."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add `flashcore evidence`."""
+    app.command()(evidence)
+
+
+def evidence(
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if anything is stale or any shipped binary is unproved.")
+    ] = False,
+) -> None:
+    """Remake the evidence's index and the tables in the documents from the recorded runs.
+
+    With --check, also build every binary shipped for a GPU that there is evidence of and compare it with what was verified.
+    """
+    from rich.console import Console
+
+    from flashcore.cli.building import build_with_progress
+    from flashcore.documents import render_all
+    from flashcore.evidence.build import folders, make_index, unproved
+
+    console = Console(soft_wrap=True, highlight=False)
+    problems = []
+    for folder in folders():
+        index = make_index(folder)
+        text = index.model_dump_json(indent=1) + "\n"
+        path = folder / "index.json"
+        if not check:
+            path.write_text(text)
+            console.print(f"wrote {path}")
+        elif not path.exists() or path.read_text() != text:
+            problems.append(f"{path} is stale: run `flashcore evidence`")
+        if check:
+            problems += unproved(index, build_with_progress(index.arch))
+    if not folders():
+        problems.append("there is no evidence of any GPU")
+    for document, text in render_all().items():
+        if document.read_text() == text:
+            continue
+        if check:
+            problems.append(f"{document} has stale tables: run `flashcore evidence`")
+        else:
+            document.write_text(text)
+            console.print(f"wrote {document}")
+    for problem in problems:
+        console.print(problem, style="red", markup=False)
+    if problems:
+        raise typer.Exit(1)
+    console.print("the evidence holds" if check else "done", style="green")

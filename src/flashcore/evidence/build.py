@@ -1,0 +1,122 @@
+"""Make a GPU's index.json from the records beside it, and say what is missing from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashcore.bench.artifact import Artifact, load
+from flashcore.build.sets import BuiltSet
+from flashcore.errors import BinaryError
+from flashcore.evidence import FOLDER, Index, Peaks, Timing
+from flashcore.kernels.registry import KERNELS
+from flashcore.sources import kernel_hashes
+from flashcore.verify.record import VerifyRecord, read
+
+SUITE = "all"
+
+
+def slug(gpu: str) -> str:
+    """The folder of a GPU's evidence: "NVIDIA H200" -> "nvidia-h200"."""
+    return gpu.lower().replace(" ", "-")
+
+
+def folders() -> list[Path]:
+    """The folders that hold evidence, one a GPU."""
+    return sorted(path.parent for path in FOLDER.glob("*/verify.json"))
+
+
+def artifacts(folder: Path) -> list[Artifact]:
+    """The benchmark artifacts of a folder, by name."""
+    return [load(path) for path in sorted(folder.glob("bench-*.json"))]
+
+
+def make_index(folder: Path) -> Index:
+    """The index that the records of a folder add up to.
+
+    Raises:
+        BinaryError: the verification record is no evidence: partial, interpreted, failing, or not from a GPU.
+    """
+    record = read(folder / "verify.json")
+    refuse = refusal(record)
+    if refuse is not None:
+        raise BinaryError(f"{folder / 'verify.json'}: {refuse}")
+    gpu = record.environment.gpu
+    assert gpu is not None  # refusal() saw to it
+    measured = artifacts(folder)
+    return Index(
+        gpu=gpu.name,
+        arch=_arch(gpu.arch),
+        sources=dict(record.environment.kernel_sources),
+        verified={
+            sha256: (binary.specialisation or "", len(binary.passed))
+            for sha256, binary in sorted(record.binaries.items())
+            if not binary.failed
+        },
+        peaks=_peaks(measured),
+        timings=_timings(measured),
+    )
+
+
+def refusal(record: VerifyRecord) -> str | None:
+    """Why a verification record proves nothing of the binaries it names; None when it does."""
+    if record.environment.gpu is None or record.interpreted:
+        return "was not made on a GPU"
+    if record.suite != SUITE or record.only is not None:
+        return f"is partial: suite {record.suite}, only {record.only}; evidence takes the whole suite"
+    if record.implementation != "portable":
+        return f"verified {record.implementation}, not our kernels"
+    if record.failed:
+        return f"has {record.failed} failed cases"
+    return None
+
+
+def _arch(torch_arch: str) -> str:
+    # torch says sm_90; our binaries for it use the arch-specific instructions of sm_90a
+    return f"{torch_arch}a" if torch_arch in ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121") else torch_arch
+
+
+def _peaks(measured: list[Artifact]) -> Peaks | None:
+    if not measured:
+        return None
+    rates: dict[str, float] = {}
+    for artifact in measured:
+        for dtype, rate in artifact.peaks.matrix_tflops.items():
+            rates[dtype] = max(rate, rates.get(dtype, 0.0))
+    return Peaks(matrix_tflops=rates, copy_tbytes=max(artifact.peaks.copy_tbytes for artifact in measured))
+
+
+def _timings(measured: list[Artifact]) -> list[Timing]:
+    timings = []
+    for artifact in measured:
+        for record in artifact.shapes:
+            us = {}
+            for contender in record.contenders:
+                series = contender.find("device_warm")
+                if contender.status == "timed" and series is not None:
+                    us[contender.name] = round(series.stats.p50, 3)
+            shape = record.shape
+            timings.append(
+                Timing(
+                    batch=shape.batch,
+                    heads=shape.heads_q,
+                    seqlen_q=shape.seqlen_q,
+                    seqlen_k=shape.seqlen_k,
+                    head_dim=shape.head_dim,
+                    causal=shape.causal,
+                    us=us,
+                )
+            )
+    return timings
+
+
+def unproved(index: Index, built: BuiltSet) -> list[str]:
+    """What keeps the shipped set of the index's arch from being verified, one line each; empty when all of it is."""
+    found = []
+    for kernel_id, source in kernel_hashes().items():
+        if KERNELS[kernel_id].computes and index.sources.get(kernel_id) != source:
+            found.append(f"{kernel_id}: its source changed since it was verified on {index.gpu}")
+    for binary in built.binaries:
+        if KERNELS[binary.info.kernel].computes and binary.info.sha256 not in index.verified:
+            found.append(f"{binary.info.name}: {binary.info.sha256} is not among the binaries verified on {index.gpu}")
+    found += [f"{name}: does not build: {words}" for name, words in built.failures.items()]
+    return found
