@@ -63,7 +63,7 @@ class Features:
             mask="none" if spec.mask is None else spec.mask.kind,
             mask_dtype=None if spec.mask is None else spec.mask.dtype,
             softcap=spec.softcap != 0,
-            fold_scale=plain,
+            fold_scale=plain and spec.dtype != torch.float32,
             aligned=spec.aligned,
             precision="tf32" if spec.allow_tf32 else "ieee",
         )
@@ -87,7 +87,7 @@ class Features:
             parts.append("maskbool" if self.mask == "bool" else f"mask{TYPE_NAMES[self.mask_dtype]}")
         if self.softcap:
             parts.append("softcap")
-        elif not self.fold_scale and self.mask == "none":
+        elif not self.fold_scale and self.mask == "none" and self.dtype != torch.float32:
             parts.append("anyscale")
         if not self.aligned:
             parts.append("unaligned")
@@ -210,7 +210,7 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
                 replace(partial, mask="bool", mask_dtype=torch.bool, fold_scale=False),
                 replace(partial, mask="additive", mask_dtype=dtype, fold_scale=False),
             ]
-        found.append(replace(general, dtype=torch.float32, block_d=block_d))
+        found.append(replace(general, dtype=torch.float32, block_d=block_d, fold_scale=False))
     return tuple(
         dict.fromkeys(
             specialise(features, config)

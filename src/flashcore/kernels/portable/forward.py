@@ -9,8 +9,9 @@ scores in base 2, s = (q k^T) * scale * log2(e), and running maximum m, sum l an
 Where scale * log2(e) cannot be folded into the exponent (a cap, a mask, a scale that is not positive), s and m stay in
 natural units and log2(e) multiplies s - m: a finite additive mask, however low, then never overflows to -inf.
 
-float32 is computed on the CUDA cores, its scores CHUNK_D products at a time: one sequential sum over a long head dim
-loses several times more than the blocked sums of a matrix library.
+float32 is computed on the CUDA cores, and its sums are blocked as a matrix library's are, CHUNK_D products of a score and
+BLOCK_N of an output at a time: one sequential sum over a long head dim loses several times more. Its scores are scaled
+chunk by chunk, so FOLD_SCALE is off.
 
 Causality, windows and both alignments are one thing here, a *band*: row i attends key j iff
 `i + band_lo <= j <= i + band_hi`. Tiles wholly inside the band need no mask; only those on its edges (and the last,
@@ -58,7 +59,7 @@ def _load_rows(base, offsets, rows, cols, row_begin, row_end, col_end, MASK_ROWS
 
 @triton.jit
 def _chunked_scores(
-    q_base, k_base, q_offsets, k_offsets, rows, n, row_end, n_begin, n_end, head_dim,
+    q_base, k_base, q_offsets, k_offsets, rows, n, row_end, n_begin, n_end, head_dim, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -66,7 +67,8 @@ def _chunked_scores(
         d = start_d + tl.arange(0, CHUNK_D)
         q = _load_rows(q_base, q_offsets[:, None] + d[None, :], rows, d, 0, row_end, head_dim, True, True)
         k = _load_rows(k_base, k_offsets[:, None] + d[None, :], n, d, n_begin, n_end, head_dim, True, True)
-        s += tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # fma, not +: the compiler turns a sum with a product into the product's accumulator, one long chain again
+        s = tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, s)
     return s
 
 
@@ -96,15 +98,15 @@ def _attend_range(
         if CHUNK_D > 0:
             s = _chunked_scores(
                 q_base, k_base + n_base * stride_ks, offs_m.to(tl.int64) * stride_qs, offs_n.to(tl.int64) * stride_ks,
-                offs_m, n, seqlen_q, n_begin, n_end, head_dim, BLOCK_M, BLOCK_N, CHUNK_D, PRECISION,
+                offs_m, n, seqlen_q, n_begin, n_end, head_dim, scale, BLOCK_M, BLOCK_N, CHUNK_D, PRECISION,
             )  # fmt: skip
         else:
             k = _load_rows(k_base + n_base * stride_ks, k_offsets, n, offs_d, n_begin, n_end, head_dim, MASKED, PARTIAL_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if not FOLD_SCALE:
-            s = s * scale
-            if SOFTCAP:
-                s = _tanh(s / softcap) * softcap
+            if not FOLD_SCALE:
+                s = s * scale
+        if SOFTCAP:
+            s = _tanh(s / softcap) * softcap
 
         v_kept = n < n_end
         if MASKED:
@@ -140,12 +142,13 @@ def _attend_range(
             p = tl.exp2((s - pivot[:, None]) * LOG2_E)
             alpha = tl.exp2((m_i - pivot) * LOG2_E)
         l_i = l_i * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-
         v = _load_rows(v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D)
         if MASK != "none":
             v = tl.where(v_kept[:, None], v, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        if CHUNK_D > 0:
+            acc = tl.fma(acc, alpha[:, None], tl.dot(p.to(v.dtype), v, input_precision=PRECISION))
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
     return acc, l_i, m_i
 
