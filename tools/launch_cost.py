@@ -31,21 +31,16 @@ from flashcore.spec import Options
 from flashcore.target import Target
 from flashcore.verify.watchdog import watchdog
 
-CALLS, SAMPLES = 200, 25
+CALLS, SAMPLES = 200, 40
 
 
-def host_us(call: Callable[[], object]) -> dict[str, float]:
-    """Median and extremes of the host's time per call, in microseconds."""
+def host_us(call: Callable[[], object]) -> float:
+    """The host's time per call, in microseconds, from an idle GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     for _ in range(CALLS):
         call()
-    samples = []
-    for _ in range(SAMPLES):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        samples.append((time.perf_counter() - start) / CALLS * 1e6)
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+    return (time.perf_counter() - start) / CALLS * 1e6
 
 
 def main() -> None:
@@ -57,7 +52,7 @@ def main() -> None:
     assert plan.specialisation is not None
     specialisation = plan.specialisation
     scalars = binding.scalars(spec, specialisation)
-    launcher = Launcher(
+    launch = Launcher(
         obtain(specialisation, Target.of(device)),
         device,
         grid=plan.grid,
@@ -71,17 +66,22 @@ def main() -> None:
     shape = {"num_warps": specialisation.num_warps, "num_stages": specialisation.num_stages}
     calls: dict[str, Callable[[], object]] = {
         "our launcher, empty kernel": empty_launch(device),
-        "our launcher, portable kernel": lambda: launcher(pointers),
+        "our launcher, portable kernel": lambda: launch(pointers),
         "triton fn[grid], the same kernel": lambda: triton_launch(q, k, v, q, o, lse, *scalars, **constants, **shape),
         "flashcore.attention, impl portable": lambda: flashcore.attention(q, k, v, layout="bhsd", impl="portable"),
         "SDPA called plainly": lambda: F.scaled_dot_product_attention(q, k, v),
         "torch.empty_like": lambda: torch.empty_like(q),
     }
-    results = {}
-    for name, call in calls.items():
-        with watchdog(60, name):
-            results[name] = host_us(call)
-        print(f"{name:40s} {results[name]['median']:7.2f} us  (min {results[name]['min']:.2f})")
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with watchdog(120, "measuring launches"):
+        for call in calls.values():
+            host_us(call)
+        for _ in range(SAMPLES):  # interleaved: what slows the host down slows all of them down
+            for name, call in calls.items():
+                samples[name].append(host_us(call))
+    results = {name: {"median": statistics.median(of), "min": min(of), "max": max(of)} for name, of in samples.items()}
+    for name, result in results.items():
+        print(f"{name:40s} {result['median']:7.2f} us  (min {result['min']:.2f})")
     record = {"schema_version": 1, "environment": collect().model_dump(mode="json"), "host_us_per_call": results}
     Path(sys.argv[1]).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -102,10 +102,11 @@ def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
         return None
 
     def distance(timing: Timing) -> float:
-        """In factors of two: of the work of a head, and of the number of heads."""
-        work = math.log2(spec.seqlen_q * spec.seqlen_k / (timing.seqlen_q * timing.seqlen_k)) / 2
+        """In factors of two: of both lengths, half each, and of the number of heads."""
+        rows = math.log2(spec.seqlen_q / timing.seqlen_q) / 2
+        keys = math.log2(spec.seqlen_k / timing.seqlen_k) / 2
         heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
-        return abs(work) + abs(heads)
+        return abs(rows) + abs(keys) + abs(heads)
 
     alike = [
         timing

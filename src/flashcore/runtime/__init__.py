@@ -17,5 +17,5 @@ def empty_launch(device: torch.device) -> Callable[[], None]:
     from flashcore.target import Target
 
     target = Target.of(device)
-    launcher = Launcher(obtain(EMPTY, target), device, grid=1, pointers=0, scalars=())
-    return lambda: launcher(())
+    launch = Launcher(obtain(EMPTY, target), device, grid=1, pointers=0, scalars=()).launch
+    return lambda: launch(())

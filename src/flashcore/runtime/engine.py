@@ -101,17 +101,17 @@ def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
     from flashcore.runtime.store import obtain
 
     assert plan.specialisation is not None
-    launcher = Launcher(
+    launch_kernel = Launcher(
         obtain(plan.specialisation, Target.of(spec.device)),
         spec.device,
         grid=plan.grid,
         pointers=len(portable.POINTERS),
         scalars=portable.scalars(spec, plan.specialisation),
-    )
+    ).launch
 
     def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
         o, lse = _outputs(spec)
-        launcher(
+        launch_kernel(
             (
                 q.data_ptr(),
                 k.data_ptr(),

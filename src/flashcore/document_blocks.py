@@ -1,0 +1,215 @@
+"""What the generated blocks of the documents hold: Markdown made from the records under evidence/, and from nothing else.
+
+A block names the artifacts it was made from. One that has not been recorded is said to be missing, and is no error.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flashcore import evidence
+from flashcore.bench.artifact import Artifact, load
+from flashcore.bench.markdown import to_markdown
+from flashcore.bench.shapes import DTYPES
+from flashcore.bench.view import figure
+from flashcore.environment import Environment
+from flashcore.errors import ArgumentValueError
+from flashcore.kernels.portable.config import SHARED_MEMORY_LIMIT
+from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
+from flashcore.spec import MAX_HEAD_DIM
+from flashcore.target import ARCH_OF_CAPABILITY, Target
+from flashcore.verify.cases import mission_cases
+from flashcore.verify.record import CaseRecord, VerifyRecord, read
+from flashcore.verify.suite import Verdict
+
+NOTHING = "no artifact recorded"
+PORTABLE, FLASH = "flashcore-portable", "sdpa-flash"
+# What a reader compares first; EVALUATION.md has the whole tables.
+COMPACT = ("flashcore", PORTABLE, FLASH, "sdpa-cudnn")
+VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "skipped")
+
+
+class HostTime(BaseModel):
+    """Host time of one call, in microseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    median: float
+    min: float
+    max: float
+
+
+class LaunchCost(BaseModel):
+    """What tools/launch_cost.py writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    environment: Environment
+    host_us_per_call: dict[str, HostTime]
+
+
+def support() -> str:
+    """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
+    rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in SHARED_MEMORY_LIMIT]
+    origins = [_origin(path, _read_verify(path).environment) for path in _recorded("verify")]
+    return "\n".join(
+        (
+            _table(("kernel", "arch", "compute capability", "binaries in a wheel", "verified", "state"), rows),
+            "",
+            f"- dtypes {', '.join(DTYPES)}; head dims 1 to {MAX_HEAD_DIM}, v's may differ from q's; any lengths of q and of k",
+            "- MHA, GQA and MQA; causal, window, softcap, bool and additive masks that broadcast, LSE; any strides with a "
+            "contiguous last dimension",
+            *(f"- verified: {origin}" for origin in origins or [NOTHING]),
+        )
+    )
+
+
+def _support_row(kernel: Kernel, arch: str) -> tuple[str, ...]:
+    target = Target(name=arch, arch=arch, capability=None, sm_count=0, interpreted=False)
+    capabilities = ", ".join(f"{major}.{minor}" for (major, minor), of in ARCH_OF_CAPABILITY.items() if of == arch)
+    source = evidence.state(kernel.id, None, target)
+    if arch not in SHIPPED_ARCHS:
+        return (kernel.id, arch, capabilities, "none", "none", f"on demand ({source}): Triton compiles it at the first call")
+    shipped = {specialisation.name for specialisation in kernel.shipped(arch)}
+    gpus: dict[str, set[str]] = {}
+    for index in evidence.indexes():
+        for sha256, (name, _) in index.verified.items():
+            if index.arch == arch and name in shipped and evidence.state(kernel.id, sha256, target) == "verified":
+                gpus.setdefault(index.gpu, set()).add(name)
+    verified = f"{max(map(len, gpus.values()), default=0)} of {len(shipped)}"
+    state = f"verified on {', '.join(gpus)}" if gpus else source
+    return (kernel.id, arch, capabilities, str(len(shipped)), verified, state)
+
+
+def benchmark(name: str) -> str:
+    """Every table of a benchmark artifact."""
+    return _each(f"bench-{name}", lambda path: _of_artifact(path, load(path)))
+
+
+def compact(name: str) -> str:
+    """A grid's table with only the contenders that a reader compares first, by the mode that leads."""
+    return _each(f"bench-{name}", lambda path: _compact(path, load(path)))
+
+
+def _of_artifact(path: Path, artifact: Artifact) -> str:
+    return f"{to_markdown(artifact).rstrip()}\n- {_origin(path, artifact.environment)}"
+
+
+def _compact(path: Path, artifact: Artifact) -> str:
+    mode = artifact.leading_mode
+    records = [
+        record.model_copy(
+            update={
+                "contenders": [
+                    contender.model_copy(update={"series": [s for s in contender.series if s.mode == mode]})
+                    for contender in record.contenders
+                    if contender.name in COMPACT
+                ]
+            }
+        )
+        for record in artifact.shapes
+    ]
+    ratios = []
+    for record in records:
+        timed = {c.name: series.stats.p50 for c in record.contenders if (series := c.find(mode))}
+        if PORTABLE in timed and FLASH in timed:
+            ratios.append(timed[FLASH] / timed[PORTABLE])
+    text = _of_artifact(path, artifact.model_copy(update={"shapes": records}))
+    if not ratios:
+        return text
+    mean = f"{statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})"
+    return f"{text}\n- {PORTABLE} is {mean} times as fast as {FLASH}: geometric mean of {len(ratios)} shapes"
+
+
+def verification() -> str:
+    """How many cases of each group passed, failed and were skipped."""
+    return _each("verify", lambda path: _verification(path, _read_verify(path)))
+
+
+def _verification(path: Path, record: VerifyRecord) -> str:
+    mission = {case.name for case in mission_cases()}
+    groups: dict[str, list[CaseRecord]] = {}
+    for case in record.cases:
+        group = "the 15 of the mission" if case.name in mission else case.name.partition("-")[0]
+        groups.setdefault(group, []).append(case)
+    rows = [_group_row(name, cases) for name, cases in (*groups.items(), ("all", record.cases))]
+    lines = [
+        _table(("cases", *VERDICTS, "largest error / its bound"), rows),
+        "",
+        f"- {record.implementation} on {record.device}, suite {record.suite}; {len(record.binaries)} binaries ran",
+        *(f"- {c.verdict}: {c.name}: {c.reason}" for c in record.cases if c.verdict != "passed"),
+        f"- {_origin(path, record.environment)}",
+    ]
+    return "\n".join(lines)
+
+
+def _group_row(name: str, cases: Sequence[CaseRecord]) -> tuple[str, ...]:
+    counts = (str(sum(case.verdict == verdict for case in cases)) for verdict in VERDICTS)
+    shares = [c.output.max_abs / c.output.bound for c in cases if c.output and c.output.max_abs is not None and c.output.bound]
+    return (name, *counts, f"{max(shares):.2f}" if shares else "-")
+
+
+def launch() -> str:
+    """What a call costs the host."""
+    return _each("launch-cost", _launch)
+
+
+def _launch(path: Path) -> str:
+    try:
+        cost = LaunchCost.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise ArgumentValueError(f"artifact: {path} is not what tools/launch_cost.py writes: {error}") from error
+    rows = [(name, *map(figure, (t.median, t.min, t.max))) for name, t in cost.host_us_per_call.items()]
+    table = _table(("call", "host us, median", "min", "max"), rows)
+    return f"{table}\n\n- {_origin(path, cost.environment)}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "support": support,
+    "mission": partial(benchmark, "mission"),
+    "small": partial(compact, "small"),
+    "fa": partial(compact, "fa"),
+    "small-full": partial(benchmark, "small"),
+    "fa-full": partial(benchmark, "fa"),
+    "verify": verification,
+    "launch": launch,
+}
+
+
+def _recorded(name: str) -> list[Path]:
+    return sorted(evidence.FOLDER.glob(f"*/{name}.json"))
+
+
+def _each(name: str, text: Callable[[Path], str]) -> str:
+    """The text of each GPU's artifact of that name."""
+    paths = _recorded(name)
+    return "\n\n".join(map(text, paths)) if paths else f"{name}.json: {NOTHING}"
+
+
+def _read_verify(path: Path) -> VerifyRecord:
+    try:
+        return read(path)
+    except (OSError, ValidationError) as error:
+        raise ArgumentValueError(f"artifact: {path} is not a record of flashcore verify: {error}") from error
+
+
+def _origin(path: Path, found: Environment) -> str:
+    """The artifact, and when, where and with what it was made."""
+    parts = [f"{found.time_utc:%Y-%m-%d}", found.device_name]
+    parts += [f"driver {found.gpu.driver}"] if found.gpu else []
+    versions = (("CUDA", found.cuda), ("cuDNN", found.cudnn), ("torch", found.torch), ("Triton", found.triton))
+    parts += [f"{name} {version}" for name, version in versions if version]
+    parts += [f"commit {found.git.sha[:12]}{' and changes' if found.git.dirty else ''}"] if found.git else []
+    return f"`src/flashcore/evidence/{path.parent.name}/{path.name}`: {', '.join(parts)}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

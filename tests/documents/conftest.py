@@ -1,0 +1,173 @@
+"""A checkout with evidence of one GPU, made from values known here."""
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from flashcore import documents, evidence
+from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, Settings, ShapeRecord, WorkRecord
+from flashcore.bench.peaks import Peaks
+from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
+from flashcore.bench.stats import ratio_of_medians
+from flashcore.bench.timing import Series
+from flashcore.environment import Clocks, Environment, Git, Gpu
+from flashcore.evidence import Index
+from flashcore.kernels.registry import KERNELS
+from flashcore.sources import kernel_hashes
+from flashcore.verify.record import BinaryRecord, CaseRecord, Error, VerifyRecord
+
+MEDIANS = {"flashcore": 8.0, "flashcore-portable": 5.0, "sdpa-flash": 10.0, "sdpa-cudnn": 9.0, "unfused": 123.0}
+
+
+def environment() -> Environment:
+    clocks = Clocks(sm_mhz=1980, memory_mhz=3201)
+    return Environment(
+        time_utc=datetime(2026, 11, 20, tzinfo=timezone.utc),
+        command=["flashcore"],
+        git=Git(sha="abcdef012345" + "0" * 28, dirty=True),
+        flashcore="0.1.0",
+        python="3.12.3",
+        torch="2.11.0+cu130",
+        triton="3.6.0",
+        cuda="13.0",
+        cudnn="9.19.0",
+        gpu=Gpu(
+            name="NVIDIA H200",
+            arch="sm_90",
+            sm_count=132,
+            l2_bytes=2**26,
+            memory_bytes=2**37,
+            driver="580.159.04",
+            power_limit_w=700.0,
+            clocks=clocks,
+        ),
+        cpu="a CPU",
+        cpu_cores=16,
+        torch_threads=16,
+        platform="Linux",
+        kernel_sources=kernel_hashes(),
+    )
+
+
+def _series(median: float) -> list[SeriesRecord]:
+    samples = (median * 0.99, median, median * 1.01)
+    ratio = ratio_of_medians(samples, (8.9, 9.0, 9.1), baseline="sdpa-cudnn")
+    modes = (Series("device_warm", 100, samples), Series("device_cold", 100, tuple(2 * s for s in samples)))
+    return [SeriesRecord.of(series).model_copy(update={"ratio": ratio}) for series in modes]
+
+
+def _artifact(shapes: tuple[Shape, ...]) -> Artifact:
+    timed = [
+        ContenderRecord(name=name, kind="ours" if name.startswith("flashcore") else "sdpa", status="timed", series=_series(us))
+        for name, us in MEDIANS.items()
+    ]
+    return Artifact(
+        environment=environment(),
+        settings=Settings(iters=100, warmup=20, seed=0, eager=True, cold=True, grid=None, samples={}),
+        peaks=Peaks(copy_bytes=2**31, copy_tbytes=4.0, matrix_size=8192, matrix_tflops={"fp16": 650.0}),
+        shapes=[
+            ShapeRecord(
+                shape=shape,
+                work=WorkRecord(flops=1, min_bytes=1, bound_us=1.0, bound_limit="compute"),
+                baseline="sdpa-cudnn",
+                cold="up to 100 input sets",
+                clocks_after=Clocks(),
+                contenders=timed,
+            )
+            for shape in shapes
+        ],
+    )
+
+
+def _case(name: str, verdict: str, error: float) -> CaseRecord:
+    return CaseRecord.model_validate(
+        {
+            "name": name,
+            "verdict": verdict,
+            "reason": "" if verdict == "passed" else f"{name} is {verdict}",
+            "output": Error(max_abs=error, mean_abs=error, bound=1.0),
+            "lse": None,
+            "bitwise_equal": True,
+            "impl": "portable",
+            "kernel": "portable_forward",
+            "specialisation": "one",
+            "binary_sha256": "1" * 64,
+            "seconds": 0.1,
+        }
+    )
+
+
+def _verify_record() -> VerifyRecord:
+    cases = (
+        _case("mission-seed0", "passed", 0.25),
+        _case("mask-bool", "passed", 0.125),
+        _case("mask-add", "failed", 1.5),
+        _case("far-batch", "skipped", 0.0),
+    )
+    return VerifyRecord(
+        schema_version=1,
+        environment=environment(),
+        implementation="portable",
+        device="NVIDIA H200",
+        interpreted=False,
+        suite="all",
+        only=None,
+        passed=2,
+        failed=1,
+        skipped=1,
+        binaries={"1" * 64: BinaryRecord(kernel="portable_forward", specialisation="one", passed=("mask-bool",), failed=())},
+        cases=cases,
+    )
+
+
+def _index() -> Index:
+    """Two of the binaries shipped for sm_90a are verified."""
+    shipped = KERNELS["portable_forward"].shipped("sm_90a")
+    return Index(
+        gpu="NVIDIA H200",
+        arch="sm_90a",
+        sources=kernel_hashes(),
+        verified={str(number) * 64: (one.name, 3) for number, one in enumerate(shipped[:2])},
+        peaks=None,
+        timings=[],
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A source checkout with no evidence and no documents, in place of this one."""
+    package = tmp_path / "src" / "flashcore"
+    (package / "evidence").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(documents, "PACKAGE", package)
+    monkeypatch.setattr(evidence, "FOLDER", package / "evidence")
+    evidence.indexes.cache_clear()
+    yield tmp_path
+    evidence.indexes.cache_clear()
+
+
+@pytest.fixture
+def record(checkout: Path) -> Callable[[], Path]:
+    """A function that writes every artifact of one GPU, and returns their folder."""
+
+    def write() -> Path:
+        folder = evidence.FOLDER / "nvidia-h200"
+        folder.mkdir()
+        _artifact((NAMED_SHAPES["mission"],)).save(folder / "bench-mission.json")
+        _artifact(GRIDS["small"]).save(folder / "bench-small.json")
+        _artifact(GRIDS["fa"][:4]).save(folder / "bench-fa.json")
+        (folder / "verify.json").write_text(_verify_record().model_dump_json())
+        (folder / "index.json").write_text(_index().model_dump_json())
+        cost = {
+            "schema_version": 1,
+            "environment": environment().model_dump(mode="json"),
+            "host_us_per_call": {"our launcher": {"median": 4.5, "min": 4.25, "max": 6.0}},
+        }
+        (folder / "launch-cost.json").write_text(json.dumps(cost))
+        evidence.indexes.cache_clear()
+        return folder
+
+    return write

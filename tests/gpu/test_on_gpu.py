@@ -1,0 +1,114 @@
+"""What only a GPU can show: graphs, streams, threads, compiled code. The numbers' correctness is `flashcore verify`'s."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import flashcore
+from flashcore import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def _inputs(seqlen: int = 197, heads_k: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(2, seqlen, heads, 64, device="cuda", generator=generator).half() for heads in (8, heads_k, heads_k)
+    )
+
+
+def _portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+    return flashcore.attention(q, k, v, impl="portable", **options)  # type: ignore[return-value, arg-type]
+
+
+def _check(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> None:
+    torch.testing.assert_close(o.double(), reference.attention(q, k, v, causal=causal)[0], atol=2e-3, rtol=2e-3)
+
+
+def test_graph_capture_of_a_call_never_made_before_replays_on_new_inputs() -> None:
+    q, k, v = _inputs(seqlen=211)  # a length of its own: the binary may be loaded, the call is not yet prepared
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = _portable(q, k, v)
+    for t, fresh in zip((q, k, v), _inputs(seqlen=211, seed=1), strict=True):
+        t.copy_(fresh)
+    graph.replay()
+    torch.cuda.synchronize()
+    _check(o, q, k, v)
+
+
+def test_runs_on_the_current_stream() -> None:
+    q, k, v = _inputs()
+    o = _portable(q, k, v)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # some 25 ms: a launch on another stream would read q before it is doubled
+        q.mul_(2)
+        doubled = _portable(q, k, v)
+    stream.synchronize()
+    _check(doubled, q, k, v)
+    assert not torch.equal(doubled, o)
+
+
+def test_threads_with_the_same_plan_do_not_mix_their_arguments() -> None:
+    inputs = [_inputs(seed=seed) for seed in range(4)]
+    expected = [_portable(*tensors) for tensors in inputs]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(300):
+            if not torch.equal(_portable(*inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_compiled_by_inductor_without_graph_breaks_for_any_length() -> None:
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _portable(q * 1.0, k, v, causal=True) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for seqlen in (64, 129, 200):
+        q, k, v = _inputs(seqlen=seqlen)
+        torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
+
+
+def test_opcheck_on_the_gpu() -> None:
+    q, k, v = _inputs()
+    for impl in ("portable", "auto", "torch"):
+        arguments = (q, k, v, None, True, None, -1, -1, 0.0, True, "bshd", False, impl)
+        torch.library.opcheck(torch.ops.flashcore.attention.default, arguments)
+
+
+def test_a_gradient_goes_to_torch_and_a_named_impl_refuses() -> None:
+    q, k, v = (t.requires_grad_() for t in _inputs(heads_k=8))
+    assert flashcore.explain(q, k, v).impl == "torch"
+    flashcore.attention(q, k, v).float().sum().backward()  # type: ignore[union-attr]
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+    with pytest.raises(NotImplementedError, match="backward"):
+        _portable(q, k, v)
+
+
+def test_a_binary_of_another_arch_is_refused_by_name() -> None:
+    from flashcore.build.pool import compile_one
+    from flashcore.kernels.registry import EMPTY
+    from flashcore.runtime.launch import Launcher
+
+    wrong = "sm_120a" if torch.cuda.get_device_capability()[0] != 12 else "sm_80"
+    pytest.importorskip("triton")
+    binary = compile_one(EMPTY, wrong)
+    with pytest.raises(flashcore.FlashCoreError, match=f"{wrong}.*refused"):
+        Launcher(binary, torch.device("cuda"), grid=1, pointers=0, scalars=())
