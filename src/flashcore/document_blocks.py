@@ -22,6 +22,7 @@ from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
 from flashcore.kernels.portable.config import SHARED_MEMORY_LIMIT
 from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
+from flashcore.sources import kernel_hash
 from flashcore.spec import MAX_HEAD_DIM
 from flashcore.target import ARCH_OF_CAPABILITY, Target
 from flashcore.verify.cases import mission_cases
@@ -99,7 +100,21 @@ def compact(name: str) -> str:
 
 
 def _of_artifact(path: Path, artifact: Artifact) -> str:
-    return f"{to_markdown(artifact).rstrip()}\n- {_origin(path, artifact.environment)}"
+    notes = [_origin(path, artifact.environment), *_mean_ratio(artifact)]
+    return to_markdown(artifact).rstrip() + "".join(f"\n- {note}" for note in notes)
+
+
+def _mean_ratio(artifact: Artifact) -> list[str]:
+    """Ours to SDPA's flash backend over all shapes of a grid; nothing for a single shape, whose table says it."""
+    ratios = []
+    for record in artifact.shapes:
+        us = {c.name: series.stats.p50 for c in record.contenders if (series := c.find(artifact.leading_mode))}
+        if PORTABLE in us and FLASH in us:
+            ratios.append(us[FLASH] / us[PORTABLE])
+    if len(ratios) < 2:
+        return []
+    mean = f"{statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})"
+    return [f"{PORTABLE} is {mean} times as fast as {FLASH}: geometric mean of {len(ratios)} shapes"]
 
 
 def _compact(path: Path, artifact: Artifact) -> str:
@@ -116,16 +131,7 @@ def _compact(path: Path, artifact: Artifact) -> str:
         )
         for record in artifact.shapes
     ]
-    ratios = []
-    for record in records:
-        timed = {c.name: series.stats.p50 for c in record.contenders if (series := c.find(mode))}
-        if PORTABLE in timed and FLASH in timed:
-            ratios.append(timed[FLASH] / timed[PORTABLE])
-    text = _of_artifact(path, artifact.model_copy(update={"shapes": records}))
-    if not ratios:
-        return text
-    mean = f"{statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})"
-    return f"{text}\n- {PORTABLE} is {mean} times as fast as {FLASH}: geometric mean of {len(ratios)} shapes"
+    return _of_artifact(path, artifact.model_copy(update={"shapes": records}))
 
 
 def verification() -> str:
@@ -201,12 +207,14 @@ def _read_verify(path: Path) -> VerifyRecord:
 
 
 def _origin(path: Path, found: Environment) -> str:
-    """The artifact, and when, where and with what it was made."""
+    """The artifact, when, where and with what it was made, and whether a kernel has changed since."""
     parts = [f"{found.time_utc:%Y-%m-%d}", found.device_name]
     parts += [f"driver {found.gpu.driver}"] if found.gpu else []
     versions = (("CUDA", found.cuda), ("cuDNN", found.cudnn), ("torch", found.torch), ("Triton", found.triton))
     parts += [f"{name} {version}" for name, version in versions if version]
     parts += [f"commit {found.git.sha[:12]}{' and changes' if found.git.dirty else ''}"] if found.git else []
+    changed = [kernel for kernel, source in found.kernel_sources.items() if kernel in KERNELS and source != kernel_hash(kernel)]
+    parts += [f"**before the present source of {', '.join(changed)}**"] if changed else []
     return f"`src/flashcore/evidence/{path.parent.name}/{path.name}`: {', '.join(parts)}"
 
 

@@ -16,6 +16,10 @@ from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
 
 
+# taken here, because a test may put something else in their place
+_CACHED = (store.obtain, store.read_manifest, evidence.indexes)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -32,7 +36,7 @@ def _fresh_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def clear() -> None:
         engine._prepared.clear()
-        for cached in (store.obtain, store.read_manifest, evidence.indexes):
+        for cached in _CACHED:
             cached.cache_clear()
 
     clear()

@@ -131,7 +131,12 @@ def test_defaults_are_resolved(make_spec) -> None:
     assert not make_spec(causal=True, seqlen_k=200).square_causal and not make_spec(causal=True, window=(5, 0)).square_causal
 
 
-def test_tf32_is_what_the_user_told_torch(make_spec, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not make_spec(dtype=torch.float32).allow_tf32
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert make_spec(dtype=torch.float32).allow_tf32 and not make_spec(dtype=torch.float16).allow_tf32
+def test_tf32_is_what_the_user_told_torch(make_spec) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert make_spec(dtype=torch.float32).allow_tf32 == allowed
+            assert not make_spec(dtype=torch.float16).allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

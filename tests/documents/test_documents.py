@@ -81,6 +81,15 @@ def test_launch(record: Record) -> None:
     assert _rows(BLOCKS["launch"]())["our launcher"] == ["4.50", "4.25", "6.00"]
 
 
+def test_figures_of_an_earlier_source_are_marked(record: Record) -> None:
+    path = record() / "bench-mission.json"
+    assert "present source" not in BLOCKS["mission"]()
+    artifact = json.loads(path.read_text())
+    artifact["environment"]["kernel_sources"]["portable_forward"] = "0" * 64
+    path.write_text(json.dumps(artifact))
+    assert "**before the present source of portable_forward**" in BLOCKS["mission"]()
+
+
 def test_support_counts_verified_binaries_of_the_present_source(record: Record) -> None:
     folder = record()
     rows = {cells[0]: cells[1:] for line in BLOCKS["support"]().splitlines() if (cells := line.strip("| ").split(" | ")[1:])}

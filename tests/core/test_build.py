@@ -1,0 +1,214 @@
+"""The one compile path: reproducible bytes, the right arch, no traces of this machine, and failures that stay single."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flashcore.build import compile as compiling
+from flashcore.build import pool, sets
+from flashcore.build.machine_code import disassemble
+from flashcore.build.pool import Outcome, Request, compile_all, compile_one
+from flashcore.errors import CompileError
+from flashcore.kernels.registry import EMPTY, shipped_set
+from flashcore.kernels.specialisation import Specialisation
+from flashcore.sources import PACKAGE, kernel_hash
+
+ELSEWHERE = """
+import json, sys
+from hashlib import sha256
+import flashcore.build.pool as pool
+from flashcore.kernels.specialisation import Specialisation
+requests = [pool.Request(Specialisation.from_key(key), arch) for key, arch in json.loads(sys.stdin.read())]
+print(pool.__file__)
+for outcome in pool.compile_all(requests, jobs=1):
+    print(outcome.error or sha256(outcome.binary.cubin).hexdigest())
+"""
+
+
+def test_bytes_depend_on_nothing_of_the_machine(binaries, tmp_path: Path) -> None:
+    """Another checkout, working directory, temporary folder, cache folder, home, time zone and hash seed: the same bytes."""
+    copy = tmp_path / "a checkout elsewhere" / "flashcore"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("binaries", "__pycache__"))
+    temporary, folder = tmp_path / "temporary", tmp_path / "working directory"
+    temporary.mkdir()
+    folder.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy.parent),
+        "TMPDIR": str(temporary),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "HOME": str(tmp_path),
+        "TZ": "Asia/Kathmandu",
+        "PYTHONHASHSEED": "7",
+    }
+    chosen = [binaries.half, binaries.full, binaries.empty_sm_80]
+    asked = json.dumps([(binary.info.key, binary.info.arch) for binary in chosen])
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], input=asked, capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    where, *hashes = done.stdout.splitlines()
+    assert where.startswith(str(copy))
+    assert hashes == [binary.info.sha256 for binary in chosen]
+    assert list(temporary.iterdir()) == list(folder.iterdir()) == []
+
+
+def test_a_record_says_what_the_binary_is(binaries) -> None:
+    for binary in vars(binaries).values():
+        info = binary.info
+        assert (info.sha256, info.size) == (sha256(binary.cubin).hexdigest(), len(binary.cubin))
+        assert info.triton == compiling.triton_version() and info.source_sha256 == kernel_hash(info.kernel)
+        specialisation = Specialisation.from_key(info.key)
+        assert info.name == specialisation.name and info.threads == 32 * specialisation.num_warps
+        own = [(p.name, p.type) for p in info.parameters if not p.name.startswith("scratch_")]
+        assert own == [(p.name, p.type) for p in specialisation.parameters]
+        sizes = {"i64": 8, "i32": 4, "fp32": 4}
+        assert all(p.size == sizes.get(p.type, 8) for p in info.parameters)
+        assert info.symbol.encode() in binary.cubin
+
+
+def test_each_arch_gets_its_own_machine_code(binaries) -> None:
+    for binary, arch in ((binaries.empty_sm_80, "sm_80"), (binaries.half, "sm_80"), (binaries.empty_sm_90a, "sm_90a")):
+        assert binary.info.arch == arch
+        target = re.search(r"^\s*\.target\s+(\S+)", disassemble(binary), re.MULTILINE)
+        assert target is not None and target[1] == arch
+
+
+def test_no_path_of_this_machine_is_in_a_binary(binaries) -> None:
+    for binary in vars(binaries).values():
+        for trace in (str(PACKAGE), "flashcore/kernels", ".py", tempfile.gettempdir(), str(Path.home())):
+            assert trace.encode() not in binary.cubin, (binary.info.name, trace)
+        assert b".debug_line" not in binary.cubin
+
+
+def _impossible() -> Specialisation:
+    good = next(s for s in shipped_set("sm_80") if "fp16-d64-none-m64" in s.name)
+    constants = tuple((name, 48 if name == "BLOCK_M" else value) for name, value in good.constants)
+    return replace(good, name="impossible", constants=constants)
+
+
+def test_what_the_compiler_refuses_fails_alone_and_in_its_own_words() -> None:
+    heard: list[Outcome] = []
+    outcomes = compile_all([Request(_impossible(), "sm_80"), Request(EMPTY, "sm_80")], jobs=1, done=heard.append)
+    assert outcomes == heard
+    refused, built = outcomes
+    assert refused.binary is None and "impossible" in refused.error and "power of 2" in refused.error
+    assert built.error is None and built.binary.info.name == "empty"
+
+
+def test_compile_one_raises_the_compilers_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, 'print(json.dumps({"error": "ptxas: no such instruction"}), flush=True)')
+    with pytest.raises(CompileError, match="ptxas: no such instruction"):
+        compile_one(EMPTY, "sm_80")
+
+
+def test_compiling_outside_the_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_DISABLE_LINE_INFO", raising=False)
+    with pytest.raises(CompileError, match="TRITON_DISABLE_LINE_INFO=1"):
+        compiling.compile_specialisation(EMPTY, "sm_80")
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """Put another program in the worker's place; `answer` is what it does with each `request`."""
+    folder = Path(tempfile.mkdtemp())
+    script = folder / "worker"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, os, pathlib, sys\nfor line in sys.stdin:\n    request = json.loads(line)\n    {answer}\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(pool, "sys", SimpleNamespace(executable=str(script)))
+
+
+def test_a_worker_that_dies_is_one_failure_and_the_rest_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(
+        monkeypatch,
+        "print('LLVM ERROR: out of registers', file=sys.stderr, flush=True) or os._exit(9) if 'die' in request['key'] else "
+        "print(json.dumps({'error': 'alive'}), flush=True)",
+    )
+    requests = [Request(replace(EMPTY, name=name), "sm_80") for name in ("a", "die-1", "b", "die-2", "c")]
+    for jobs in (1, 2):
+        errors = [outcome.error for outcome in compile_all(requests, jobs=jobs)]
+        assert [errors[i] for i in (0, 2, 4)] == ["alive"] * 3
+        for i in (1, 3):
+            assert f"{requests[i].specialisation.name}: the compiler died with status 9: LLVM ERROR" in errors[i]
+
+
+def test_a_worker_that_never_starts_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "sys", SimpleNamespace(executable="/bin/false"))
+    errors = [o.error for o in compile_all([Request(EMPTY, "sm_80")] * 3, jobs=1)]
+    assert all("the compiler died with status 1" in error for error in errors)
+
+
+def test_a_caller_that_gives_up_gets_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, "print(json.dumps({'error': 'alive'}), flush=True)")
+
+    def interrupt(outcome: Outcome) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_all([Request(EMPTY, "sm_80")] * 4, jobs=2, done=interrupt)
+    assert compile_all([]) == []
+
+
+@pytest.fixture
+def small_set(binaries, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """A shipped set of one kernel, and a compiler that answers with the binary that is there; returns what it was asked."""
+    asked: list[Request] = []
+
+    def stand_in(requests, *, jobs=None, done=lambda outcome: None):
+        asked.extend(requests)
+        outcomes = [Outcome(request, binaries.empty_sm_80, None) for request in requests]
+        for outcome in outcomes:
+            done(outcome)
+        return outcomes
+
+    monkeypatch.setattr(sets, "shipped_set", lambda arch: (EMPTY,))
+    monkeypatch.setattr(sets, "compile_all", stand_in)
+    monkeypatch.setattr(sets, "SHIPPED", cache_dir.parent / "shipped")
+    return asked
+
+
+def test_a_set_is_compiled_once_and_again_only_what_is_damaged(small_set, binaries, cache_dir: Path) -> None:
+    names: list[str] = []
+    built = sets.build_set("sm_80", done=names.append)
+    assert built.binaries == (binaries.empty_sm_80,) and not built.failures and names == ["empty"] and len(small_set) == 1
+    assert sets.build_set("sm_80", done=names.append) == built and len(small_set) == 1 and names == ["empty"] * 2
+    (cubin,) = cache_dir.rglob("empty.cubin")
+    cubin.write_bytes(cubin.read_bytes()[:-1])
+    assert sets.build_set("sm_80") == built and len(small_set) == 2
+    assert cubin.read_bytes() == binaries.empty_sm_80.cubin
+
+
+def test_a_set_is_compiled_again_when_its_source_changed(small_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets.build_set("sm_80")
+    monkeypatch.setattr(sets, "kernel_hash", lambda kernel: "another source")
+    sets.build_set("sm_80")
+    assert len(small_set) == 2
+
+
+def test_a_complete_set_is_shipped_and_an_incomplete_one_is_not(small_set, binaries) -> None:
+    folder = sets.ship(sets.build_set("sm_80"))
+    (folder / "of an older set.cubin").write_bytes(b"")
+    assert sets.ship(sets.build_set("sm_80")) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["empty.cubin", "manifest.json"]
+    (info,) = sets.read_manifest(folder).values()
+    assert info == binaries.empty_sm_80.info
+    with pytest.raises(CompileError, match="1 kernels failed to build for sm_80; first it: no registers"):
+        sets.ship(sets.BuiltSet("sm_80", (), {"it": "no registers"}))
+    assert (folder / "empty.cubin").exists()
+
+
+def test_building_without_triton_says_what_to_install(small_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "triton_version", lambda: None)
+    with pytest.raises(CompileError, match=r"pip install flashcore\[build\]"):
+        sets.build_set("sm_80")

@@ -1,0 +1,152 @@
+"""`flashcore explain` and `flashcore inspect` as a user meets them: what they print, and how they refuse."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from flashcore import cli
+from flashcore.build import machine_code
+from flashcore.build.machine_code import MachineCode
+from flashcore.build.sets import BuiltSet
+from flashcore.cli import building
+
+CODE = MachineCode(registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, matrix={}, async_copies=0)
+
+
+def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "160"}
+    command = [sys.executable, "-m", "flashcore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`flashcore` in this process: (exit code, output, errors)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flashcore", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output, errors = capsys.readouterr()
+        return stopped.value.code or 0, output, errors
+
+    return run
+
+
+def test_explain_prints_the_plan() -> None:
+    done = _process("explain", "--shape", "1,8,512,64", "--causal")
+    assert done.returncode == 0 and done.stderr == ""
+    fields = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert {"device", "impl", "why", "roofline"} <= fields.keys()
+    if fields["device"] == "cpu":
+        assert fields["impl"] == "torch" and "NVIDIA GPU" in fields["why"] and fields["rejected"].startswith("portable:")
+
+
+def test_bad_input_is_one_line_and_exit_2_without_a_traceback() -> None:
+    done = _process("explain", "--impl", "cudnn")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == ["error: impl: got 'cudnn'; allowed: 'auto', 'portable', 'torch'"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shape", "1,8,512"), "1,8,512"),
+        (("--shape", "1,8,512,x"), "x"),
+        (("--shape", "1,8/3,512,64"), "3"),
+        (("--shape", "1,8,512,300"), "300"),
+        (("--shape", "0,8,512,-1"), "-1"),
+        (("--window", "5"), "window: got (5,)"),
+        (("--window", "a,b"), "--window: got 'a,b'"),
+        (("--window", "1.5,2"), "--window: got '1.5,2'"),
+        (("--window", "-2,0"), "window: got (-2, 0)"),
+        (("--softcap", "-1"), "softcap: got -1.0"),
+        (("--softcap", "nan"), "softcap: got nan"),
+        (("--layout", "sbhd"), "layout: got 'sbhd'"),
+        (("--dtype", "fp8"), "fp8"),
+    ],
+)
+def test_explain_refuses(arguments: tuple[str, ...], words: str, run: Run) -> None:
+    code, output, errors = run("explain", *arguments)
+    assert code == 2 and output == ""
+    assert words in errors and len(errors.strip().splitlines()) == 1, errors
+
+
+def test_explain_of_an_impl_that_cannot_run_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, output, errors = run("explain", "--impl", "portable")
+    assert code == 2 and output == "" and errors.startswith("error: impl 'portable': needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("options", [("--shape", "2,8/2,128/256,64"), ("--dtype", "bf16"), ("--window", "-1,0"), ("--layout", "bhsd")])
+def test_explain_takes_every_kind_of_call(options: tuple[str, ...], run: Run) -> None:
+    code, output, _ = run("explain", "--impl", "torch", *options)
+    assert code == 0 and "impl        torch" in output
+
+
+@pytest.fixture
+def built(binaries, monkeypatch: pytest.MonkeyPatch) -> dict[str, BuiltSet]:
+    """What `flashcore inspect` finds built, by arch, in the place of a compile of some minutes."""
+    sets = {"sm_80": BuiltSet("sm_80", (binaries.empty_sm_80,), {}), "sm_90a": BuiltSet("sm_90a", (binaries.empty_sm_90a,), {})}
+    monkeypatch.setattr(building, "build_with_progress", lambda arch: sets[arch])
+    return sets
+
+
+def test_inspect_shows_what_real_machine_code_holds(run: Run, built, binaries) -> None:
+    built["sm_80"] = BuiltSet("sm_80", (binaries.empty_sm_80, binaries.half), {})
+    code, output, _ = run("inspect", "--arch", "sm_80", "--gate")
+    assert code == 0 and "every binary keeps the limits" in output
+    assert "2 binaries" in output and "HMMA" in output and "fp16-d64" in output
+
+
+def test_inspect_gate_fails_for_a_limit_and_for_what_does_not_build(run: Run, built, monkeypatch) -> None:
+    monkeypatch.setattr(machine_code, "read_machine_code", lambda binary: replace(CODE, spill_loads=4))
+    code, output, _ = run("inspect", "--arch", "sm_80,sm_90a", "--gate")
+    assert code == 1 and "spills" in output and "2 binaries break a limit" in output
+    assert run("inspect", "--arch", "sm_80")[0] == 0  # shows, and does not judge
+    monkeypatch.setattr(machine_code, "read_machine_code", lambda binary: CODE)
+    assert run("inspect", "--arch", "sm_80", "--gate")[0] == 0
+    built["sm_80"] = replace(built["sm_80"], failures={"another": "ptxas: out of [registers]"})
+    code, output, _ = run("inspect", "--arch", "sm_80", "--gate")
+    assert code == 1 and "failed to build: another: ptxas: out of [registers]" in output
+
+
+def test_inspect_without_the_tools_fails(run: Run, built, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_code._tool.cache_clear()
+    monkeypatch.setattr(machine_code, "find_spec", lambda name: None)
+    code, output, errors = run("inspect", "--arch", "sm_80", "--gate")
+    machine_code._tool.cache_clear()
+    assert code == 2 and "not installed" in errors and "keeps the limits" not in output
+
+
+def test_inspect_of_nothing_passes_no_gate(run: Run, built) -> None:
+    code, output, errors = run("inspect", "--arch", "sm_80", "--only", "nothing*", "--gate")
+    assert code == 2 and "'nothing*' matches none" in errors and "keeps the limits" not in output
+
+
+@pytest.mark.parametrize("command", ["inspect", "build"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80,hopper", "sm_80,"])
+def test_an_unknown_arch_is_refused_before_anything_is_built(command: str, arch: str, run: Run, monkeypatch) -> None:
+    monkeypatch.setattr(building, "build_with_progress", lambda arch: pytest.fail("built something"))
+    code, output, errors = run(command, "--arch", arch)
+    assert code == 2 and output == "" and "--arch: got" in errors and "sm_90a" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_help_imports_no_torch() -> None:
+    program = (
+        "import sys\nsys.argv = ['flashcore', '--help']\nfrom flashcore.cli import main\n"
+        "try: main()\nexcept SystemExit as stopped: print(stopped.code, 'torch' in sys.modules, 'triton' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
+    assert all(command in done.stdout for command in ("explain", "inspect", "build", "bench", "verify"))

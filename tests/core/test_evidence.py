@@ -1,0 +1,194 @@
+"""Evidence: which records prove something, what they prove it of, and what is still unproved."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashcore import evidence
+from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, Settings, ShapeRecord, WorkRecord
+from flashcore.bench.peaks import Peaks as MeasuredPeaks
+from flashcore.bench.shapes import NAMED_SHAPES
+from flashcore.bench.timing import Series
+from flashcore.build.sets import BuiltSet
+from flashcore.environment import Clocks, Environment, Git, Gpu
+from flashcore.errors import BinaryError
+from flashcore.evidence import Index
+from flashcore.evidence.build import make_index, refusal, slug, unproved
+from flashcore.sources import kernel_hash, kernel_hashes
+from flashcore.target import Target
+from flashcore.verify.record import BinaryRecord, VerifyRecord
+
+GOOD, BAD = "a" * 64, "b" * 64
+CLOCKS = Clocks(sm_mhz=1980, memory_mhz=3201)
+GPU = Gpu(
+    name="NVIDIA H200", arch="sm_90", sm_count=132, l2_bytes=1, memory_bytes=1, driver="1", power_limit_w=700.0, clocks=CLOCKS
+)
+ENVIRONMENT = Environment(
+    time_utc=datetime(2026, 11, 20, tzinfo=timezone.utc),
+    command=["flashcore", "verify"],
+    git=Git(sha="0" * 40, dirty=False),
+    flashcore="0.1.0",
+    python="3.12.3",
+    torch="2.11.0",
+    triton="3.9.0",
+    cuda="13.0",
+    cudnn="9",
+    gpu=GPU,
+    cpu="a CPU",
+    cpu_cores=16,
+    torch_threads=16,
+    platform="Linux",
+    kernel_sources=kernel_hashes(),
+)
+
+
+def _record(**changes: object) -> VerifyRecord:
+    binary = BinaryRecord(kernel="portable_forward", specialisation="good", passed=("tiny", "edge"), failed=())
+    fields = {
+        "schema_version": 1,
+        "environment": ENVIRONMENT,
+        "implementation": "portable",
+        "device": "NVIDIA H200",
+        "interpreted": False,
+        "suite": "all",
+        "only": None,
+        "passed": 2,
+        "failed": 0,
+        "skipped": 0,
+        "binaries": {GOOD: binary},
+        "cases": (),
+    }
+    return VerifyRecord(**{**fields, **changes})
+
+
+def test_a_whole_passing_run_on_a_gpu_is_evidence() -> None:
+    assert refusal(_record()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"environment": ENVIRONMENT.model_copy(update={"gpu": None})}, "not made on a GPU"),
+        ({"interpreted": True}, "not made on a GPU"),
+        ({"suite": "mission"}, "partial: suite mission"),
+        ({"only": "tiny-*"}, r"partial: suite all, only tiny-\*"),
+        ({"implementation": "torch"}, "verified torch, not our kernels"),
+        ({"implementation": "auto"}, "verified auto, not our kernels"),
+        ({"failed": 3}, "3 failed cases"),
+        ({"passed": 0, "skipped": 2, "binaries": {}}, "passed|nothing|no "),
+    ],
+)
+def test_a_record_that_proves_nothing_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    import re
+
+    record = _record(**changes)
+    assert re.search(words, refusal(record) or "")
+    (tmp_path / "verify.json").write_text(record.model_dump_json())
+    with pytest.raises(BinaryError, match=r"verify\.json"):
+        make_index(tmp_path)
+
+
+def _artifact(us: dict[str, float | None], dtype: str = "fp16", tflops: float = 600.0) -> Artifact:
+    def contender(name: str, median: float | None) -> ContenderRecord:
+        if median is None:
+            return ContenderRecord(name=name, kind="sdpa", status="failed", reason="it does not run")
+        series = [SeriesRecord.of(Series("device_warm", 100, (median,) * 20))]
+        return ContenderRecord(name=name, kind="sdpa", status="timed", series=series)
+
+    shape = NAMED_SHAPES["mission"].model_copy(update={"dtype": dtype})
+    record = ShapeRecord(
+        shape=shape,
+        work=WorkRecord(flops=1, min_bytes=1, bound_us=1.0, bound_limit="memory"),
+        baseline=None,
+        cold="",
+        clocks_after=CLOCKS,
+        contenders=[contender(name, median) for name, median in us.items()],
+    )
+    peaks = MeasuredPeaks(copy_bytes=1, copy_tbytes=4.0, matrix_size=1, matrix_tflops={"fp16": tflops})
+    settings = Settings(iters=20, warmup=20, seed=0, eager=True, cold=True, grid=None, samples={})
+    return Artifact(environment=ENVIRONMENT, settings=settings, peaks=peaks, shapes=[record])
+
+
+def test_an_index_is_what_the_records_add_up_to_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = BinaryRecord(kernel="portable_forward", specialisation="bad", passed=("tiny",), failed=("edge",))
+    passing = _record().binaries[GOOD]
+    folder = tmp_path / slug("NVIDIA H200")
+    folder.mkdir()
+    (folder / "verify.json").write_text(_record(binaries={GOOD: passing, BAD: failing}).model_dump_json())
+    _artifact({"flashcore-portable": 8.0, "sdpa-auto": 9.0, "flex": None}).save(folder / "bench-a.json")
+    _artifact({"flashcore-portable": 80.0}, dtype="fp32", tflops=700.0).save(folder / "bench-b.json")
+    index = make_index(folder)
+    assert (index.gpu, index.arch, index.sources) == ("NVIDIA H200", "sm_90a", kernel_hashes())
+    assert index.verified == {GOOD: ("good", 2)}
+    assert (index.peaks.matrix_tflops, index.peaks.copy_tbytes) == ({"fp16": 700.0}, 4.0)
+    (timing,) = index.timings  # of half precision only
+    assert timing.us == {"flashcore-portable": 8.0, "sdpa-auto": 9.0}
+    assert (timing.batch, timing.heads, timing.seqlen_q, timing.seqlen_k, timing.head_dim) == (1, 8, 512, 512, 64)
+    assert not timing.causal
+    (folder / "index.json").write_text(index.model_dump_json(indent=1))
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    evidence.indexes.cache_clear()
+    assert evidence.indexes() == (index,)
+    assert evidence.peaks("NVIDIA H200") == index.peaks and evidence.peaks("NVIDIA L4") is None
+
+
+def test_without_benchmarks_there_are_no_timings(tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text(_record().model_dump_json())
+    index = make_index(tmp_path)
+    assert index.peaks is None and index.timings == []
+
+
+def _index(**changes: object) -> Index:
+    fields = {
+        "gpu": "NVIDIA H200",
+        "arch": "sm_90a",
+        "sources": kernel_hashes(),
+        "verified": {GOOD: ("good", 2)},
+        "peaks": None,
+        "timings": [],
+    }
+    return Index(**{**fields, **changes})
+
+
+def _built(*sha256: str, kernel: str = "portable_forward", failures: dict[str, str] | None = None) -> BuiltSet:
+    binaries = tuple(SimpleNamespace(info=SimpleNamespace(kernel=kernel, name=f"k-{s[0]}", sha256=s)) for s in sha256)
+    return BuiltSet("sm_90a", binaries, failures or {})
+
+
+def test_what_is_unproved_is_named() -> None:
+    assert unproved(_index(), _built(GOOD)) == []
+    (other,) = unproved(_index(), _built(GOOD, BAD))
+    assert "k-b" in other and BAD in other and "NVIDIA H200" in other
+    (changed,) = unproved(_index(sources={"portable_forward": "0" * 64}), _built(GOOD))
+    assert "portable_forward: its source changed" in changed
+    (never,) = unproved(_index(sources={}), _built(GOOD))
+    assert "portable_forward" in never
+    (fails,) = unproved(_index(), _built(GOOD, failures={"k-x": "ptxas: no"}))
+    assert fails == "k-x: does not build: ptxas: no"
+    # the empty kernel computes nothing that evidence could vouch for
+    assert unproved(_index(), _built(BAD, kernel="empty")) == []
+
+
+def test_the_state_of_a_binary(h200: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = Target(name="A100", arch="sm_80", capability=(8, 0), sm_count=108, interpreted=False)
+
+    def state(binary: str | None, target: Target, *found: Index) -> str:
+        monkeypatch.setattr(evidence, "indexes", lambda: found)
+        return evidence.state("portable_forward", binary, target)
+
+    current, stale = _index(), _index(sources={"portable_forward": "0" * 64})
+    assert state(GOOD, h200, current) == "verified"
+    assert state(GOOD, h200, stale, current) == "verified"
+    assert state(BAD, h200, current) == "compiled" and state(None, h200, current) == "compiled"
+    assert state(GOOD, ampere, current) == "compiled"
+    assert state(GOOD, h200, stale) == "experimental" and state(GOOD, h200) == "experimental"
+    assert current.sources["portable_forward"] == kernel_hash("portable_forward")
+
+
+def test_the_evidence_that_is_there_can_be_read() -> None:
+    for index in evidence.indexes():
+        assert index.verified and all(len(sha256) == 64 and cases > 0 for sha256, (_, cases) in index.verified.items())
+        assert torch.cuda.is_available() or index.gpu
