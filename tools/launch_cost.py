@@ -58,7 +58,7 @@ def main() -> None:
         grid=plan.grid,
         pointers=len(binding.POINTERS),
         scalars=scalars,
-    )
+    ).launch
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, o.data_ptr(), 0)
     kernel = KERNELS[specialisation.kernel]
     triton_launch = getattr(importlib.import_module(kernel.module), kernel.function)[(plan.grid,)]

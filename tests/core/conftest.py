@@ -15,7 +15,6 @@ from flashcore.runtime.binary import Binary
 from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
 
-
 # taken here, because a test may put something else in their place
 _CACHED = (store.obtain, store.read_manifest, evidence.indexes)
 
@@ -100,9 +99,7 @@ def make_spec() -> Callable[..., AttentionSpec]:
 @pytest.fixture(scope="session")
 def binaries() -> SimpleNamespace:
     """Real binaries, compiled once: the empty kernel for two archs, a half and a float32 portable kernel for sm_80."""
-    half, full = (
-        next(s for s in shipped_set("sm_80") if name in s.name) for name in ("fp16-d64-none-m64", "fp32-d64partial")
-    )
+    half, full = (next(s for s in shipped_set("sm_80") if name in s.name) for name in ("fp16-d64-none-m64", "fp32-d64partial"))
     names = {
         "empty_sm_80": Request(EMPTY, "sm_80"),
         "empty_sm_90a": Request(EMPTY, "sm_90a"),

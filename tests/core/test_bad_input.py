@@ -77,10 +77,7 @@ OPTIONS = [
         Bad(f"window-{x!r}", {"window": x}, TypeError, ("window:", repr(x), "(left, right)"))
         for x in (5, "ab", (1,), (1, 2, 3), (1.0, 2), (True, 0), (None, 1), ([1], 2), {1: 2})
     ),
-    *(
-        Bad(f"window-{x!r}", {"window": x}, ValueError, ("window:", repr(x), ">= -1"))
-        for x in ((-2, 0), (0, -2), [-5, -5])
-    ),
+    *(Bad(f"window-{x!r}", {"window": x}, ValueError, ("window:", repr(x), ">= -1")) for x in ((-2, 0), (0, -2), [-5, -5])),
     *(Bad(f"layout-{x!r}", {"layout": x}, ValueError, ("layout:", repr(x), "'bshd' or 'bhsd'")) for x in ("sbhd", None, [1])),
     *(
         Bad(f"impl-{x!r}", {"impl": x}, ValueError, ("impl:", repr(x), "'auto', 'portable', 'torch'"))
@@ -159,7 +156,7 @@ def test_compiled_with_dynamic_shapes(bad: Bad) -> None:
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_named_impl_that_cannot_run_here() -> None:
-    with pytest.raises(NotImplementedError, match="impl 'portable'.*NVIDIA GPU"):
+    with pytest.raises(NotImplementedError, match=r"impl 'portable'.*NVIDIA GPU"):
         _compiled(None)(**_call(OPTIONS[-1]))
 
 
@@ -217,7 +214,9 @@ def test_a_good_call_lets_no_equal_looking_one_through(good: dict, bad: dict, wo
 
 
 SDPA = [
-    Bad("mask-and-causal", {"attn_mask": _t(5, 7), "is_causal": True}, ValueError, ("attn_mask:", "is_causal", "one of the two")),
+    Bad(
+        "mask-and-causal", {"attn_mask": _t(5, 7), "is_causal": True}, ValueError, ("attn_mask:", "is_causal", "one of the two")
+    ),
     *(Bad(f"dropout-{x}", {"dropout_p": x}, ValueError, ("dropout_p:", str(x), "0 to 1")) for x in (-0.1, 1.5, math.nan)),
     *(Bad(f"dropout-{x!r}", {"dropout_p": x}, TypeError, ("dropout_p:", repr(x), "0 to 1")) for x in (True, "0.1", None)),
     *(Bad(f"causal-{x!r}", {"is_causal": x}, TypeError, ("is_causal:", repr(x), "True or False")) for x in (1, None)),

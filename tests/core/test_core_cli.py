@@ -87,7 +87,9 @@ def test_explain_of_an_impl_that_cannot_run_here(run: Run, monkeypatch: pytest.M
     assert code == 2 and output == "" and errors.startswith("error: impl 'portable': needs an NVIDIA GPU")
 
 
-@pytest.mark.parametrize("options", [("--shape", "2,8/2,128/256,64"), ("--dtype", "bf16"), ("--window", "-1,0"), ("--layout", "bhsd")])
+@pytest.mark.parametrize(
+    "options", [("--shape", "2,8/2,128/256,64"), ("--dtype", "bf16"), ("--window", "-1,0"), ("--layout", "bhsd")]
+)
 def test_explain_takes_every_kind_of_call(options: tuple[str, ...], run: Run) -> None:
     code, output, _ = run("explain", "--impl", "torch", *options)
     assert code == 0 and "impl        torch" in output

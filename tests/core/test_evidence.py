@@ -1,5 +1,7 @@
 """Evidence: which records prove something, what they prove it of, and what is still unproved."""
 
+import re
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,12 +80,10 @@ def test_a_whole_passing_run_on_a_gpu_is_evidence() -> None:
         ({"implementation": "torch"}, "verified torch, not our kernels"),
         ({"implementation": "auto"}, "verified auto, not our kernels"),
         ({"failed": 3}, "3 failed cases"),
-        ({"passed": 0, "skipped": 2, "binaries": {}}, "passed|nothing|no "),
+        ({"passed": 0, "skipped": 2, "binaries": {}}, "pass|binar"),
     ],
 )
 def test_a_record_that_proves_nothing_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
-    import re
-
     record = _record(**changes)
     assert re.search(words, refusal(record) or "")
     (tmp_path / "verify.json").write_text(record.model_dump_json())
@@ -98,7 +98,7 @@ def _artifact(us: dict[str, float | None], dtype: str = "fp16", tflops: float = 
         series = [SeriesRecord.of(Series("device_warm", 100, (median,) * 20))]
         return ContenderRecord(name=name, kind="sdpa", status="timed", series=series)
 
-    shape = NAMED_SHAPES["mission"].model_copy(update={"dtype": dtype})
+    shape = replace(NAMED_SHAPES["mission"], dtype=dtype)
     record = ShapeRecord(
         shape=shape,
         work=WorkRecord(flops=1, min_bytes=1, bound_us=1.0, bound_limit="memory"),

@@ -15,9 +15,7 @@ from flashcore.errors import CompileError
 from flashcore.kernels.registry import EMPTY, shipped_set
 from flashcore.kernels.specialisation import Specialisation
 
-GOOD = MachineCode(
-    registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, matrix={"HMMA": 64}, async_copies=8
-)
+GOOD = MachineCode(registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, matrix={"HMMA": 64}, async_copies=8)
 
 
 def _named(arch: str, part: str) -> Specialisation:
@@ -110,7 +108,7 @@ def test_a_missing_tool_is_an_error(binaries, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_tool_that_fails_is_an_error(binaries) -> None:
-    with pytest.raises(CompileError, match="cuobjdump .* failed with"):
+    with pytest.raises(CompileError, match=r"cuobjdump .* failed with"):
         read_machine_code(replace(binaries.half, cubin=b"not a cubin"))
 
 

@@ -12,9 +12,7 @@ import flashcore
 
 def _python(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", program], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return done
 

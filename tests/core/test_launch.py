@@ -186,7 +186,11 @@ def test_too_few_or_too_many_arguments_are_refused(fake: FakeDriver) -> None:
 @pytest.mark.parametrize(
     ("call", "status", "words"),
     [
-        ("cuModuleLoadData", Result.CUDA_ERROR_NO_BINARY_FOR_GPU, "for sm_90a: the driver refused the binary: .*NO_BINARY_FOR_GPU"),
+        (
+            "cuModuleLoadData",
+            Result.CUDA_ERROR_NO_BINARY_FOR_GPU,
+            "for sm_90a: the driver refused the binary: .*NO_BINARY_FOR_GPU",
+        ),
         ("cuModuleGetFunction", Result.CUDA_ERROR_NOT_FOUND, "holds no kernel 'entry': CUDA_ERROR_NOT_FOUND"),
     ],
 )

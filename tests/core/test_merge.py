@@ -20,9 +20,7 @@ def _part(seed: int, keys: int, layout: str = "bshd", dtype: torch.dtype = torch
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(0, 9), st.sampled_from(["bshd", "bhsd"]), st.sampled_from([1.0, 6.0]), st.integers(0, 99)
-)
+@given(st.integers(1, 9), st.integers(0, 9), st.sampled_from(["bshd", "bhsd"]), st.sampled_from([1.0, 6.0]), st.integers(0, 99))
 def test_it_is_one_softmax_over_the_union(keys: int, split: int, layout: str, spread: float, seed: int) -> None:
     q, k, v = _part(seed, keys, layout, spread=spread)
     split = min(split, keys)
@@ -106,20 +104,20 @@ def test_it_compiles_with_dynamic_lengths() -> None:
     torch._dynamo.reset()
 
 
-O, LSE = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
+OUT, LSE = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((O, LSE, [1.0], LSE), TypeError, "o_b: got list; allowed: a torch.Tensor"),
-        ((O, LSE, O.half(), LSE), TypeError, "o_b: got dtype torch.float16 with o_a of torch.float32"),
-        ((O.long(), LSE, O.long(), LSE), TypeError, "o_a: got dtype torch.int64; allowed: a floating dtype"),
-        ((O, LSE.double(), O, LSE), TypeError, "lse_a: got dtype torch.float64; allowed: torch.float32"),
-        ((O, LSE, O, LSE.transpose(1, 2)), ValueError, r"lse_b: got shape \(1, 3, 2\); allowed: \(B, H, S\) = \(1, 2, 3\)"),
-        ((O[0], LSE, O[0], LSE), ValueError, "o_a: got rank 3; allowed: rank 4"),
-        ((O, LSE, O[:, :2], LSE), ValueError, r"o_b: got shape \(1, 2, 2, 4\); allowed: o_a's, \(1, 3, 2, 4\)"),
-        ((O, LSE, O.to("meta"), LSE), ValueError, "o_b: got device meta with o_a on cpu"),
+        ((OUT, LSE, [1.0], LSE), TypeError, "o_b: got list; allowed: a torch.Tensor"),
+        ((OUT, LSE, OUT.half(), LSE), TypeError, "o_b: got dtype torch.float16 with o_a of torch.float32"),
+        ((OUT.long(), LSE, OUT.long(), LSE), TypeError, "o_a: got dtype torch.int64; allowed: a floating dtype"),
+        ((OUT, LSE.double(), OUT, LSE), TypeError, "lse_a: got dtype torch.float64; allowed: torch.float32"),
+        ((OUT, LSE, OUT, LSE.transpose(1, 2)), ValueError, r"lse_b: got shape \(1, 3, 2\); allowed: \(B, H, S\) = \(1, 2, 3\)"),
+        ((OUT[0], LSE, OUT[0], LSE), ValueError, "o_a: got rank 3; allowed: rank 4"),
+        ((OUT, LSE, OUT[:, :2], LSE), ValueError, r"o_b: got shape \(1, 2, 2, 4\); allowed: o_a's, \(1, 3, 2, 4\)"),
+        ((OUT, LSE, OUT.to("meta"), LSE), ValueError, "o_b: got device meta with o_a on cpu"),
     ],
 )
 def test_bad_input(arguments: tuple, error: type[Exception], words: str) -> None:
@@ -129,8 +127,8 @@ def test_bad_input(arguments: tuple, error: type[Exception], words: str) -> None
 
 def test_bad_layout() -> None:
     with pytest.raises(ValueError, match="layout: got 'bsdh'; allowed: 'bshd' or 'bhsd'"):
-        flashcore.merge_states(O, LSE, O, LSE, layout="bsdh")
+        flashcore.merge_states(OUT, LSE, OUT, LSE, layout="bsdh")
     with pytest.raises(ValueError, match=r"lse_a: got shape \(1, 2, 3\); allowed: \(B, H, S\) = \(1, 3, 2\)"):
-        flashcore.merge_states(O, LSE, O, LSE, layout="bhsd")
+        flashcore.merge_states(OUT, LSE, OUT, LSE, layout="bhsd")
     with pytest.raises(TypeError, match="o_a: got NoneType"):
-        flashcore.merge_states(None, LSE, O, LSE)
+        flashcore.merge_states(None, LSE, OUT, LSE)

@@ -107,7 +107,10 @@ def test_an_experimental_kernel_is_never_chosen_by_auto(make_spec, h200, shipped
 
 def test_strict_mode_refuses_what_was_not_verified_on_this_arch(make_spec, h200, shipped, monkeypatch) -> None:
     _evidence(monkeypatch, verified={})
-    assert (make_plan(make_spec(), h200, "auto").impl, make_plan(make_spec(), h200, "auto").evidence) == ("portable", "compiled")
+    assert (make_plan(make_spec(), h200, "auto").impl, make_plan(make_spec(), h200, "auto").evidence) == (
+        "portable",
+        "compiled",
+    )
     monkeypatch.setenv("FLASHCORE_STRICT", "1")
     plan = make_plan(make_spec(), h200, "auto")
     assert plan.impl == "torch" and "FLASHCORE_STRICT=1" in plan.reason and "sm_90a" in plan.reason
@@ -133,7 +136,7 @@ def test_a_binary_still_to_be_compiled(make_spec, h200, cache_dir, monkeypatch) 
 
 @pytest.mark.parametrize("impl", ["", "cuda", "Portable", None])
 def test_an_unknown_impl(impl, make_spec, h200) -> None:
-    with pytest.raises(ArgumentValueError, match="impl: got .*; allowed: 'auto', 'portable', 'torch'"):
+    with pytest.raises(ArgumentValueError, match=r"impl: got .*; allowed: 'auto', 'portable', 'torch'"):
         make_plan(make_spec(), h200, impl)
 
 

@@ -100,9 +100,7 @@ def test_gradients_are_torchs() -> None:
         o = function(*leaves, is_causal=True, enable_gqa=True)
         return list(torch.autograd.grad(o.square().sum(), leaves))
 
-    torch.testing.assert_close(
-        gradients(flashcore.scaled_dot_product_attention), gradients(F.scaled_dot_product_attention)
-    )
+    torch.testing.assert_close(gradients(flashcore.scaled_dot_product_attention), gradients(F.scaled_dot_product_attention))
 
 
 def test_nothing_to_attend_to() -> None:

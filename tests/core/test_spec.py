@@ -99,9 +99,7 @@ def test_contiguous_last_looks_at_each_tensor_and_forgives_a_single_element() ->
     plain = torch.zeros(2, 5, 4, 8)
     turned = torch.zeros(2, 5, 8, 4).transpose(2, 3)
     assert _spec(plain, plain, plain).contiguous_last
-    assert not any(
-        _spec(*(turned if i == position else plain for i in range(3))).contiguous_last for position in range(3)
-    )
+    assert not any(_spec(*(turned if i == position else plain for i in range(3))).contiguous_last for position in range(3))
     one = torch.zeros(2, 5, 4, 8)[..., ::8]
     assert _spec(plain, plain, one).contiguous_last
 

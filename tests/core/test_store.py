@@ -191,7 +191,7 @@ def test_a_damaged_shipped_binary_is_an_error_that_names_it(content: bytes | Non
 @pytest.mark.parametrize("content", [b"", b"{", b'{"schema_version": 1}', b"\xff\xfe\x00\x01"])
 def test_a_damaged_manifest_is_an_error_that_names_it(content: bytes, shipped: Path, compiled) -> None:
     (shipped / "manifest.json").write_bytes(content)
-    with pytest.raises(BinaryError, match="manifest.json: not a manifest") as raised:
+    with pytest.raises(BinaryError, match=r"manifest\.json: not a manifest") as raised:
         _obtain()
     assert str(shipped) in str(raised.value) and compiled == []
 
@@ -247,7 +247,9 @@ def test_two_processes_that_compile_the_same_at_once_both_succeed(binaries, tmp_
     environment = {**os.environ, "FLASHCORE_CACHE_DIR": str(cache)}
     command = [sys.executable, "-W", "error", "-c", TOGETHER]
     running = [
-        subprocess.Popen([*command, me, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [*command, me, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         for me in ("a", "b")
     ]
     for process in running:
