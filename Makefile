@@ -41,7 +41,7 @@ bench: $(VENV)/.ready
 
 # One thread each: the two workers share the cores, and most tests are too small to gain from more.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --import-mode=importlib $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -182,6 +182,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "mission": partial(benchmark, "mission"),
     "small": partial(compact, "small"),
     "fa": partial(compact, "fa"),
+    "decode": partial(compact, "decode"),
     "small-full": partial(benchmark, "small"),
     "fa-full": partial(benchmark, "fa"),
     "verify": verification,

@@ -1,5 +1,8 @@
 """What the core's tests share: one torch thread, caches that do not leak between tests, specs, targets and real binaries."""
 
+import fcntl
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,16 +100,27 @@ def make_spec() -> Callable[..., AttentionSpec]:
 
 
 @pytest.fixture(scope="session")
-def binaries() -> SimpleNamespace:
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Real binaries, compiled once: the empty kernel for two archs, a half and a float32 portable kernel for sm_80."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers share what the first of them compiles
+    kept = folder / "binaries.pickle"
+    with (folder / "binaries.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(_compile()))
+    return SimpleNamespace(**pickle.loads(kept.read_bytes()))
+
+
+def _compile() -> dict[str, Binary | None]:
     half, full = (next(s for s in shipped_set("sm_80") if name in s.name) for name in ("fp16-d64-none-m64", "fp32-d64partial"))
-    names = {
+    requests = {
         "empty_sm_80": Request(EMPTY, "sm_80"),
         "empty_sm_90a": Request(EMPTY, "sm_90a"),
         "half": Request(half, "sm_80"),
         "full": Request(full, "sm_80"),
     }
-    outcomes = compile_all(list(names.values()), jobs=2)
-    assert [outcome.error for outcome in outcomes] == [None] * len(names)
-    found: dict[str, Binary | None] = {name: o.binary for name, o in zip(names, outcomes, strict=True)}
-    return SimpleNamespace(**found)
+    outcomes = compile_all(list(requests.values()), jobs=2)
+    assert [outcome.error for outcome in outcomes] == [None] * len(requests)
+    return {name: outcome.binary for name, outcome in zip(requests, outcomes, strict=True)}

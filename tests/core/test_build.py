@@ -11,6 +11,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_bytes_depend_on_nothing_of_the_machine(binaries, tmp_path: Path) -> Non
         "TZ": "Asia/Kathmandu",
         "PYTHONHASHSEED": "7",
     }
-    chosen = [binaries.half, binaries.full, binaries.empty_sm_80]
+    chosen = [binaries.half, binaries.empty_sm_80]
     asked = json.dumps([(binary.info.key, binary.info.arch) for binary in chosen])
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE], input=asked, capture_output=True, text=True, cwd=folder, env=environment
@@ -144,8 +145,17 @@ def test_a_worker_that_dies_is_one_failure_and_the_rest_go_on(monkeypatch: pytes
             assert f"{requests[i].specialisation.name}: the compiler died with status 9: LLVM ERROR" in errors[i]
 
 
-def test_a_worker_that_never_starts_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("already", [False, True], ids=["dies", "is dead"])
+def test_a_worker_that_never_starts_is_a_failure(already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if already:  # so that the request is written into a pipe that nobody reads
+                self.wait()
+
     monkeypatch.setattr(pool, "sys", SimpleNamespace(executable="/bin/false"))
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=Process, PIPE=subprocess.PIPE))
     errors = [o.error for o in compile_all([Request(EMPTY, "sm_80")] * 3, jobs=1)]
     assert all("the compiler died with status 1" in error for error in errors)
 

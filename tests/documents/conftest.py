@@ -159,6 +159,7 @@ def record(checkout: Path) -> Callable[[], Path]:
         _artifact((NAMED_SHAPES["mission"],)).save(folder / "bench-mission.json")
         _artifact(GRIDS["small"]).save(folder / "bench-small.json")
         _artifact(GRIDS["fa"][:4]).save(folder / "bench-fa.json")
+        _artifact(GRIDS["decode"]).save(folder / "bench-decode.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())
         (folder / "index.json").write_text(_index().model_dump_json())
         cost = {

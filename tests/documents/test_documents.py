@@ -47,7 +47,7 @@ def test_mission_shows_every_contender(record: Record) -> None:
     assert {"flashcore", "sdpa-flash", "sdpa-cudnn", "unfused"} <= rows.keys()
 
 
-@pytest.mark.parametrize(("name", "shapes"), [("small", 7), ("fa", 4)])
+@pytest.mark.parametrize(("name", "shapes"), [("small", 7), ("fa", 4), ("decode", 4)])
 def test_a_grid_is_one_short_row_a_shape(name: str, shapes: int, record: Record) -> None:
     record()
     text = BLOCKS[name]()

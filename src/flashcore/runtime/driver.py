@@ -39,6 +39,17 @@ def _call(name: str, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
+def make_current(device: int) -> bool:
+    """Make a device's primary context, which is PyTorch's, current in this thread; False where one was already.
+
+    A new thread has none until something sets it, and PyTorch may serve a whole call from memory it holds without that.
+    """
+    if int(_call("cuCtxGetCurrent")) != 0:
+        return False
+    _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", device)))
+    return True
+
+
 def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> Any:
     """Load a cubin into the current context and return its CUfunction; it stays loaded for the process.
 

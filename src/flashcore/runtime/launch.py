@@ -12,7 +12,7 @@ import torch
 
 from flashcore.errors import BinaryError
 from flashcore.runtime.binary import Binary
-from flashcore.runtime.driver import bindings, launch_error, load_function
+from flashcore.runtime.driver import bindings, launch_error, load_function, make_current
 
 # the keys of cuLaunchKernel's `extra`: cuda.h's CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END
 _BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0
@@ -28,7 +28,7 @@ def _function(binary: Binary, device: int) -> Any:
         if key not in _functions:
             binary.check("before loading")
             with torch.cuda.device(device):
-                torch.cuda.current_stream()  # makes the device's primary context current
+                make_current(device)
                 _functions[key] = load_function(
                     binary.cubin, binary.info.symbol, binary.info.shared, f"{binary.info.name} for {binary.info.arch}"
                 )
@@ -106,6 +106,10 @@ def _bind(binary: Binary, device: int, grid: int, packed: _Arguments) -> Callabl
         status = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, current_stream(device), 0, taken[1])[0]
         free.append(taken)
         if status is not success and status != success:
-            raise launch_error(status, name)
+            # asked only now, because asking costs as much as a tenth of a launch
+            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT and make_current(device):
+                launch(addresses)
+            else:
+                raise launch_error(status, name)
 
     return launch
