@@ -42,7 +42,7 @@ def test_a_wrong_result_of_ours_is_exit_1(monkeypatch, tmp_path: Path, capsys) -
     ("arguments", "named"),
     [
         (("--shape", "1,8,512"), "B,H,S,D"),
-        (("--grid", "big"), "small, fa, decode"),
+        (("--grid", "big"), "small, fa, features, decode"),
         (("--grid", "fa", "--shape", "tiny"), "one of them"),
         (("--dtype", "fp8"), "fp16, bf16, fp32"),
         (("--impl", "magic"), "flashcore-portable"),

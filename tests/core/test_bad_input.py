@@ -87,11 +87,33 @@ OPTIONS = [
 ]
 ALL = [*TENSORS, *OPTIONS]
 # one of each rule: a compile takes a quarter of a second
-COMPILED_NAMES = (
-    "q-rank-3 q-float64 k-mixed k-device k-batch heads v-heads v-length k-dim dim-257 v-dim-0 q-none mask-shape mask-int "
-    "mask-list scale-nan scale-True softcap--1.0 softcap-None causal-1 causal-None window-5 window-(-2, 0) layout-'sbhd' "
-    "impl-'cuda'"
-)
+COMPILED_NAMES = [
+    "q-rank-3",
+    "q-float64",
+    "k-mixed",
+    "k-device",
+    "k-batch",
+    "heads",
+    "v-heads",
+    "v-length",
+    "k-dim",
+    "dim-257",
+    "v-dim-0",
+    "q-none",
+    "mask-shape",
+    "mask-int",
+    "mask-list",
+    "scale-nan",
+    "scale-True",
+    "softcap--1.0",
+    "softcap-None",
+    "causal-1",
+    "causal-None",
+    "window-5",
+    "window-(-2, 0)",
+    "layout-'sbhd'",
+    "impl-'cuda'",
+]
 COMPILED = [bad for bad in ALL if bad.name in COMPILED_NAMES]
 DYNAMIC = ["q-rank-3", "k-mixed", "k-batch", "heads", "v-length", "dim-257", "mask-shape", "scale-nan", "causal-1", "window-5"]
 

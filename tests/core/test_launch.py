@@ -34,6 +34,7 @@ class Result(IntEnum):
     CUDA_ERROR_NOT_FOUND = 500
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_CONTEXT = 201
 
 
 class FakeDriver(ModuleType):
@@ -49,6 +50,7 @@ class FakeDriver(ModuleType):
         self.calls: list[tuple] = []
         self.launches: list[SimpleNamespace] = []
         self.parameters: Sequence[KernelParameter] = ()
+        self.context = 1000  # the one current in this thread; 0 for none. A device's primary one is 1000 and its number.
 
     def _answer(self, *call: object) -> Result:
         self.calls.append(call)
@@ -59,6 +61,19 @@ class FakeDriver(ModuleType):
 
     def cuThreadExchangeStreamCaptureMode(self, mode: object):
         return self._answer("cuThreadExchangeStreamCaptureMode", mode), "mode before"
+
+    def cuCtxGetCurrent(self):
+        return self._answer("cuCtxGetCurrent"), self.context
+
+    def cuCtxSetCurrent(self, context: int):
+        self.context = context
+        return (self._answer("cuCtxSetCurrent", context),)
+
+    def cuDeviceGet(self, index: int):
+        return self._answer("cuDeviceGet", index), index
+
+    def cuDevicePrimaryCtxRetain(self, device: int):
+        return self._answer("cuDevicePrimaryCtxRetain", device), 1000 + device
 
     def cuModuleLoadData(self, image: bytes):
         return self._answer("cuModuleLoadData", image), "module"
@@ -75,6 +90,8 @@ class FakeDriver(ModuleType):
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         time.sleep(0)  # another thread may run before the arguments are read
         values = self._by_parameter(int(parameters)) if parameters else self._packed(int(extra))
+        if self.context == 0:
+            return (Result.CUDA_ERROR_INVALID_CONTEXT,)
         self.launches.append(
             SimpleNamespace(
                 function=function, grid=(gx, gy, gz), block=(bx, by, bz), shared=shared, stream=int(stream), values=values
@@ -226,6 +243,25 @@ def test_a_launch_that_fails(fake: FakeDriver) -> None:
     fake.answers.clear()
     launcher.launch(())
     assert len(fake.launches) == 2
+
+
+def test_a_thread_without_a_context_gets_the_devices_own(fake: FakeDriver) -> None:
+    fake.context = 0
+    launcher = _launcher(fake, _binary("*fp16"), pointers=1)
+    assert fake.context == 1000
+    fake.context = 0  # as in a thread that was started after the load
+    launcher.launch((64,))
+    assert fake.context == 1000 and [one.values for one in fake.launches] == [[64, 0, 0]]
+
+
+def test_a_context_that_the_driver_refuses_is_not_tried_for_ever(fake: FakeDriver) -> None:
+    launcher = _launcher(fake, _binary())
+    fake.answers["cuLaunchKernel"] = Result.CUDA_ERROR_INVALID_CONTEXT
+    with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        launcher.launch(())
+    fake.context = 0
+    with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        launcher.launch(())
 
 
 def test_threads_do_not_mix_their_arguments(fake: FakeDriver) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import flashcore
 from flashcore.bench.contender import Attention, Contender
@@ -23,6 +23,7 @@ GRID_LEAVES_OUT: dict[str, tuple[str, ...]] = {
     "small": ("flex",),
     "fa": ("sdpa-math", "flex", "unfused"),
     "decode": ("flex",),
+    "features": ("flex", "sdpa-math", "unfused"),
 }
 
 
@@ -60,9 +61,7 @@ def _ours(name: str, impl: str) -> Contender:
 
 
 def _prepare_ours(impl: str, inputs: Inputs) -> Attention:
-    shape = inputs.shape
-    q, k, v = inputs.q, inputs.k, inputs.v
-    call = partial(flashcore.attention, q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd", impl=impl)
+    call = partial(flashcore.attention, inputs.q, inputs.k, inputs.v, **_options(impl, inputs))
     # Without return_lse the result is o alone, which the signature cannot say.
     return cast("Attention", call)
 
@@ -75,8 +74,19 @@ def _ours_unavailable(impl: str, inputs: Inputs) -> str | None:
 
 
 def _plan(impl: str, inputs: Inputs) -> Plan:
+    return flashcore.explain(inputs.q, inputs.k, inputs.v, **_options(impl, inputs))
+
+
+def _options(impl: str, inputs: Inputs) -> dict[str, Any]:
+    """The arguments of our calls but the tensors."""
     shape = inputs.shape
-    return flashcore.explain(inputs.q, inputs.k, inputs.v, causal=shape.causal, scale=shape.scale, layout="bhsd", impl=impl)
+    return {
+        "causal": shape.causal,
+        "scale": shape.scale,
+        "attn_mask": inputs.mask,
+        "layout": "bhsd",
+        "impl": impl,
+    }
 
 
 def _plan_text(impl: str, inputs: Inputs) -> str:

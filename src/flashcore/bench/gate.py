@@ -49,7 +49,7 @@ class Oracle:
         self._shape = inputs.shape
         self.pairs = _pairs(inputs.shape, FULL_CHECK_SCORES[inputs.q.device.type], seed)
         if self.pairs is None:
-            self._ref, self._twin = _reference(inputs.shape, inputs.q, inputs.k, inputs.v)
+            self._ref, self._twin = _reference(inputs.shape, inputs.q, inputs.k, inputs.v, inputs.mask)
             return
         group = inputs.shape.heads_q // inputs.shape.heads_k
         parts = [
@@ -58,6 +58,7 @@ class Oracle:
                 inputs.q[b : b + 1, h : h + 1],
                 inputs.k[b : b + 1, h // group : h // group + 1],
                 inputs.v[b : b + 1, h // group : h // group + 1],
+                None if inputs.mask is None else inputs.mask[b : b + 1],
             )
             for b, h in self.pairs
         ]
@@ -101,8 +102,10 @@ def _pairs(shape: Shape, full_check_scores: int, seed: int) -> list[Pair] | None
     return [divmod(number, shape.heads_q) for number in sorted({0, count - 1, *drawn})]
 
 
-def _reference(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(
+    shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The float64 result and its twin of these heads, each like q with v's head dim."""
-    ref, _ = reference.attention(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")
-    twin, _ = reference.twin(q, k, v, causal=shape.causal, scale=shape.scale, layout="bhsd")
+    ref, _ = reference.attention(q, k, v, causal=shape.causal, scale=shape.scale, attn_mask=mask, layout="bhsd")
+    twin, _ = reference.twin(q, k, v, causal=shape.causal, scale=shape.scale, attn_mask=mask, layout="bhsd")
     return ref, twin

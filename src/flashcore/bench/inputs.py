@@ -11,12 +11,13 @@ from flashcore.bench.shapes import Shape
 
 @dataclass(frozen=True)
 class Inputs:
-    """q (B, Hq, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), contiguous, with the shape they were drawn for."""
+    """q (B, Hq, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), mask (B, 1, Sq, Sk) or None, with the shape they are for."""
 
     shape: Shape
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 class InputSets:
@@ -38,7 +39,19 @@ class InputSets:
         q = self._normal(shape.batch, shape.heads_q, shape.seqlen_q, shape.head_dim)
         k = self._normal(shape.batch, shape.heads_k, shape.seqlen_k, shape.head_dim)
         v = self._normal(shape.batch, shape.heads_k, shape.seqlen_k, shape.head_dim_v)
-        return Inputs(shape, q, k, v)
+        return Inputs(shape, q, k, v, self._mask())
+
+    def _mask(self) -> torch.Tensor | None:
+        """Additive: standard normal. Bool: seven keys in ten attend, the first always, so that no row is empty."""
+        shape = self._shape
+        if shape.mask == "none":
+            return None
+        drawn = self._normal(shape.batch, 1, shape.seqlen_q, shape.seqlen_k)
+        if shape.mask == "additive":
+            return drawn
+        attends = drawn > -0.5244  # the normal distribution's 0.3 quantile
+        attends[..., 0] = True
+        return attends
 
     def _normal(self, *size: int) -> torch.Tensor:
         return torch.randn(size, generator=self._generator, device=self._device, dtype=self._shape.torch_dtype)

@@ -32,6 +32,8 @@ def _unavailable(name: str, module: str, inputs: Inputs) -> str | None:
         return missing
     if not on_cuda(inputs):
         return f"{name} runs on CUDA only"
+    if inputs.mask is not None:
+        return f"{name} is called without a mask here: its functions take none, or another form of one"
     if name == "xformers" and inputs.shape.heads_q != inputs.shape.heads_k:
         return "xformers takes grouped heads only in five dimensions, which another call would be"
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from flashcore.errors import ArgumentValueError
 
 if TYPE_CHECKING:
     import torch
 
+MaskKind = Literal["none", "bool", "additive"]
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 SHAPE_FORM = "B,H,S,D with H as Hq/Hk, S as Sq/Sk and D as D/Dv where the two differ"
 
@@ -31,6 +32,8 @@ class Shape:
     head_dim_v: int
     causal: bool = False
     dtype: str = "fp16"
+    # a random mask (B, 1, Sq, Sk), bool or in the inputs' dtype
+    mask: MaskKind = "none"
 
     def __post_init__(self) -> None:
         sizes = (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k, self.head_dim, self.head_dim_v)
@@ -42,6 +45,8 @@ class Shape:
             )
         if self.dtype not in DTYPES:
             raise ArgumentValueError(f"dtype: {self.dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+        if self.mask not in get_args(MaskKind):
+            raise ArgumentValueError(f"mask: {self.mask!r} is unknown; allowed: {', '.join(get_args(MaskKind))}")
 
     @property
     def scale(self) -> float:
@@ -65,9 +70,11 @@ class Shape:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of q, k and v."""
+        """Bytes of q, k, v and the mask."""
         keys = self.batch * self.heads_k * self.seqlen_k * (self.head_dim + self.head_dim_v)
-        return (self.batch * self.heads_q * self.seqlen_q * self.head_dim + keys) * self.itemsize
+        mask_size = {"none": 0, "bool": 1, "additive": self.itemsize}[self.mask]
+        mask = self.batch * self.seqlen_q * self.seqlen_k * mask_size
+        return (self.batch * self.heads_q * self.seqlen_q * self.head_dim + keys) * self.itemsize + mask
 
     @property
     def output_bytes(self) -> int:
@@ -84,7 +91,8 @@ class Shape:
                 _pair_text(self.head_dim, self.head_dim_v),
             )
         )
-        return f"{sizes} {self.dtype}{' causal' if self.causal else ''}"
+        mask = "" if self.mask == "none" else f" {self.mask} mask"
+        return f"{sizes} {self.dtype}{' causal' if self.causal else ''}{mask}"
 
 
 def _pair_text(first: int, second: int) -> str:
@@ -103,6 +111,24 @@ def _fa_grid() -> tuple[Shape, ...]:
         for causal in (False, True)
         for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
     )
+
+
+def _features_grid() -> tuple[Shape, ...]:
+    """What the other grids leave out and the planner must know of: masks, head dims between the blocks, float32."""
+    masked = tuple(
+        replace(_plain(batch, 2048 // head_dim // 2, seqlen, head_dim), mask=mask)
+        for head_dim in (64, 128, 256)
+        for mask in ("bool", "additive")
+        for batch, seqlen in ((1, 512), (4, 1024))
+    )
+    dims = tuple(
+        _plain(batch, 16, seqlen, head_dim, causal=causal)
+        for head_dim in (40, 80, 96, 192)
+        for causal in (False, True)
+        for batch, seqlen in ((1, 512), (4, 1024))
+    )
+    single = tuple(_plain(1, 8, 512, head_dim, dtype="fp32") for head_dim in (64, 128, 256))
+    return masked + dims + single
 
 
 NAMED_SHAPES: dict[str, Shape] = {
@@ -124,6 +150,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         _plain(32, 8, 512, 64),
     ),
     "fa": _fa_grid(),
+    "features": _features_grid(),
     "decode": tuple(
         Shape(batch, 32, 8, 1, seqlen_k, 128, 128, dtype="bf16")
         for batch, seqlen_k in ((1, 8192), (1, 65536), (16, 8192), (64, 4096))
@@ -166,11 +193,14 @@ def grid(name: str) -> tuple[Shape, ...]:
     return GRIDS[name]
 
 
-def override(shapes: tuple[Shape, ...], *, causal: bool, dtype: str | None) -> tuple[Shape, ...]:
-    """The shapes with the command line's causal and dtype put in, each shape once, in order.
+def override(shapes: tuple[Shape, ...], *, causal: bool, dtype: str | None, mask: str | None = None) -> tuple[Shape, ...]:
+    """The shapes with the command line's causal, dtype and mask put in, each shape once, in order.
 
-    `causal=False` leaves every shape as it is; True makes all of them causal. `dtype=None` leaves the dtype.
-    Raises ArgumentValueError for an unknown dtype.
+    `causal=False` leaves every shape as it is; True makes all of them causal. None leaves the dtype or the mask.
+    Raises ArgumentValueError for an unknown dtype or mask.
     """
-    changed = (replace(s, causal=s.causal or causal, dtype=s.dtype if dtype is None else dtype) for s in shapes)
+    changed = (
+        replace(s, causal=s.causal or causal, dtype=dtype or s.dtype, mask=mask or s.mask)  # type: ignore[arg-type]
+        for s in shapes
+    )
     return tuple(dict.fromkeys(changed))

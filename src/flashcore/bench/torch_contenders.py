@@ -53,6 +53,8 @@ def _sdpa_unavailable(name: str, inputs: Inputs) -> str | None:
         return "this backend runs on CUDA only"
     if shape.causal and shape.seqlen_q != shape.seqlen_k:
         return "SDPA's is_causal is aligned top-left, this shape's causal bottom-right"
+    if shape.causal and shape.mask != "none":
+        return "SDPA takes no mask together with is_causal"
     return too_large(inputs, MATH_BYTES_PER_SCORE) if name == "sdpa-math" else None
 
 
@@ -63,6 +65,7 @@ def _prepare_sdpa(inputs: Inputs) -> Attention:
         inputs.q,
         inputs.k,
         inputs.v,
+        inputs.mask,
         is_causal=shape.causal,
         scale=shape.scale,
         enable_gqa=shape.heads_q != shape.heads_k,
@@ -70,6 +73,8 @@ def _prepare_sdpa(inputs: Inputs) -> Attention:
 
 
 def _flex_unavailable(inputs: Inputs) -> str | None:
+    if inputs.mask is not None:
+        return "FlexAttention takes a mask as a function, not as the tensor the others read"
     return None if on_cuda(inputs) else "FlexAttention is compiled and timed on CUDA only"
 
 
@@ -106,6 +111,8 @@ def _compiled_flex(shape: Shape, device: torch.device) -> tuple[Callable[..., to
 
 
 def _unfused_unavailable(inputs: Inputs) -> str | None:
+    if inputs.mask is not None and inputs.shape.heads_q != inputs.shape.heads_k:
+        return "its grouped heads share no mask"
     return too_large(inputs, 3 * inputs.shape.itemsize)
 
 
@@ -116,7 +123,7 @@ def _prepare_unfused(inputs: Inputs) -> Attention:
     # The query heads that share a key head become rows of one product, so that keys and values are not copied.
     # [B, Hk, G * Sq, D] and [B, Hk, D, Sk]
     q = inputs.q.reshape(shape.batch, shape.heads_k, group * shape.seqlen_q, shape.head_dim)
-    k, v = inputs.k.transpose(-1, -2), inputs.v
+    k, v, mask = inputs.k.transpose(-1, -2), inputs.v, inputs.mask
     hidden = None
     if shape.causal:
         allowed = torch.ones(shape.seqlen_q, shape.seqlen_k, dtype=torch.bool, device=q.device)
@@ -127,6 +134,8 @@ def _prepare_unfused(inputs: Inputs) -> Attention:
         scores = q @ k * shape.scale
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return (torch.softmax(scores, dim=-1) @ v).view(size)
 
     return attend

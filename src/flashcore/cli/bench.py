@@ -35,9 +35,12 @@ def bench(
         list[str] | None,
         typer.Option(help="B,H,S,D; or B,Hq/Hk,Sq/Sk,D; or tiny, small, medium, mission, multi_batch. Repeatable."),
     ] = None,
-    grid: Annotated[str | None, typer.Option(help="small, fa (16k tokens, hidden 2048) or decode.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="small, fa (16k tokens, hidden 2048), decode or features (masks, head dims, fp32).")
+    ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Every shape causal, aligned bottom-right.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: the shape's own (fp16).")] = None,
+    mask: Annotated[str | None, typer.Option(help="none, bool or additive: a random mask (B, 1, Sq, Sk).")] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Time only this contender. Repeatable.")] = None,
     direction: Annotated[str, typer.Option(help="fwd.")] = "fwd",
     iters: Annotated[int, typer.Option(help="Samples of each contender.")] = 100,
@@ -53,7 +56,7 @@ def bench(
     Exit code 1 when an implementation of ours failed, 2 for a bad argument.
     """
     _check(direction, iters, out, plot)
-    shapes = _shapes(shape or [], grid, causal, dtype)
+    shapes = _shapes(shape or [], grid, causal, dtype, mask)
 
     import torch
     from rich.console import Console
@@ -108,13 +111,13 @@ def _check(direction: str, iters: int, out: Path | None, plot: Path | None) -> N
         require_matplotlib()
 
 
-def _shapes(texts: list[str], grid: str | None, causal: bool, dtype: str | None) -> tuple[Shape, ...]:
+def _shapes(texts: list[str], grid: str | None, causal: bool, dtype: str | None, mask: str | None) -> tuple[Shape, ...]:
     from flashcore.bench import shapes
 
     if texts and grid is not None:
         raise ArgumentValueError("shape and grid: got both; allowed: one of them")
     wanted = shapes.grid(grid) if grid is not None else tuple(shapes.parse_shape(t) for t in texts or ["mission"])
-    return shapes.override(wanted, causal=causal, dtype=dtype)
+    return shapes.override(wanted, causal=causal, dtype=dtype, mask=mask)
 
 
 def _run(request: Request, device: torch.device, console: Console) -> Artifact:

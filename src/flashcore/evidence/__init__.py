@@ -22,6 +22,8 @@ State = Literal["verified", "compiled", "experimental"]
 FOLDER = Path(__file__).parent
 # Beyond a factor of four in work or parallelism from the nearest measured shape, nothing is claimed.
 MAX_DISTANCE = 2.0
+# Head dims with binaries of their own (kernels/portable/binding.py).
+EXACT_DIMS = (64, 128, 256)
 # Measured ratios closer to 1 than this are noise.
 MARGIN = 0.97
 
@@ -37,6 +39,9 @@ class Timing(BaseModel):
     seqlen_k: int
     head_dim: int
     causal: bool
+    # "half" (fp16 and bf16 take the same code) or "fp32"
+    precision: Literal["half", "fp32"]
+    mask: Literal["none", "bool", "additive"]
     us: dict[str, float]
 
 
@@ -92,27 +97,36 @@ def peaks(gpu: str) -> Peaks | None:
 def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
     """Why PyTorch is the faster choice for a call by the measurements on this GPU; None where they do not say so.
 
-    Speaks only of what was measured: half precision, equal head dims, no mask, cap or window, causal or not; by the nearest
-    shape of that head dim, no further than a factor of four away.
+    Speaks only of what was measured and PyTorch has a fused kernel for (no cap, no window; with a mask, causal or neither),
+    by the nearest shape of like features, no further than a factor of four away.
     """
     index = _of_gpu(target.name)
-    plain = spec.mask is None and spec.softcap == 0 and spec.head_dim == spec.head_dim_v and spec.dtype.itemsize == 2
     full = spec.band == Band(None, None)
-    if index is None or not plain or not (full or spec.square_causal) or 0 in spec.output_shape or spec.seqlen_k == 0:
+    if index is None or spec.softcap != 0 or not (full or spec.square_causal):
         return None
+    if 0 in spec.output_shape or spec.seqlen_k == 0:
+        return None
+    head_dim = max(spec.head_dim, spec.head_dim_v)
+    mask = "none" if spec.mask is None else spec.mask.kind
+    precision = "fp32" if spec.dtype.itemsize == 4 else "half"
 
     def distance(timing: Timing) -> float:
-        """In factors of two: of both lengths, half each, and of the number of heads."""
+        """In factors of two: of both lengths, half each, of the number of heads and of the head dim."""
+        dims = math.log2(head_dim / timing.head_dim)
         rows = math.log2(spec.seqlen_q / timing.seqlen_q) / 2
         keys = math.log2(spec.seqlen_k / timing.seqlen_k) / 2
         heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
-        return abs(rows) + abs(keys) + abs(heads)
+        return abs(rows) + abs(keys) + abs(heads) + abs(dims)
 
     alike = [
         timing
         for timing in index.timings
-        if timing.head_dim == spec.head_dim
-        and timing.causal == spec.square_causal
+        if timing.mask == mask
+        and timing.precision == precision
+        # a mask is measured without causality, which costs either side less than the mask does
+        and (timing.causal == spec.square_causal or mask != "none")
+        # a head dim that fills its block runs other code than one that does not
+        and (timing.head_dim == head_dim or (head_dim not in EXACT_DIMS and timing.head_dim not in EXACT_DIMS))
         and {"flashcore-portable", "sdpa-auto"} <= timing.us.keys()
     ]
     if not alike:
@@ -123,5 +137,6 @@ def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
         return None
     return (
         f"is slower here by measurement: {ours:.1f} us against {torchs:.1f} for PyTorch's SDPA at the nearest measured shape "
-        f"({nearest.batch},{nearest.heads},{nearest.seqlen_q},{nearest.head_dim}) on {index.gpu}"
+        f"({nearest.batch},{nearest.heads},{nearest.seqlen_q},{nearest.head_dim}"
+        f"{', ' + nearest.mask + ' mask' if nearest.mask != 'none' else ''}) on {index.gpu}"
     )

@@ -95,8 +95,6 @@ def _timings(measured: list[Artifact]) -> list[Timing]:
                 if contender.status == "timed" and series is not None:
                     us[contender.name] = round(series.stats.p50, 3)
             shape = record.shape
-            if shape.dtype == "fp32":
-                continue  # the timings speak of half precision
             timings.append(
                 Timing(
                     batch=shape.batch,
@@ -105,6 +103,8 @@ def _timings(measured: list[Artifact]) -> list[Timing]:
                     seqlen_k=shape.seqlen_k,
                     head_dim=shape.head_dim,
                     causal=shape.causal,
+                    precision="fp32" if shape.dtype == "fp32" else "half",
+                    mask=shape.mask,
                     us=us,
                 )
             )
