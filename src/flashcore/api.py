@@ -11,7 +11,7 @@ from flashcore import ops, torch_backend
 from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError, UnsupportedError
 from flashcore.plan import Plan, check_impl
 from flashcore.runtime import engine
-from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors
+from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors, needs_grad, shown
 
 
 def attention(
@@ -142,16 +142,18 @@ def _torch_only(
     enable_gqa: bool,
 ) -> str | None:
     """Check what torch's signature adds, and say why a call is outside what our own `attention` takes (None: it is not)."""
-    Options.check(causal=is_causal, scale=scale, window=None, softcap=0.0, layout="bhsd")
+    Options.check(causal=is_causal, scale=scale, window=None, softcap=0.0, layout="bhsd", top_left=True)
     if attn_mask is not None and is_causal:
         raise ArgumentValueError("attn_mask: got a mask together with is_causal=True; allowed: one of the two")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise ArgumentTypeError(f"dropout_p: got {dropout_p!r}; allowed: a number from 0 to 1")
+        raise ArgumentTypeError(f"dropout_p: got {shown(dropout_p)}; allowed: a number from 0 to 1")
     if not 0 <= dropout_p <= 1:
-        raise ArgumentValueError(f"dropout_p: got {dropout_p!r}; allowed: a number from 0 to 1")
+        raise ArgumentValueError(f"dropout_p: got {shown(dropout_p)}; allowed: a number from 0 to 1")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, torch.Tensor):
             raise ArgumentTypeError(f"{name}: got {type(t).__name__}; allowed: a torch.Tensor")
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise ArgumentTypeError(f"attn_mask: got {type(attn_mask).__name__}; allowed: None or a torch.Tensor")
     if dropout_p > 0:
         return f"has no dropout, and dropout_p is {dropout_p}"
     if any(t.is_nested or t.layout != torch.strided for t in (query, key, value)):
@@ -205,8 +207,8 @@ def _dispatch(
     try:
         options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
         check_impl(impl)
-        check_tensors(q, k, v, attn_mask, options.layout)
-        recorded = engine.needs_grad(q, k, v, attn_mask)
+        check_tensors(q, k, v, attn_mask, options.layout, sdpa=top_left)
+        recorded = needs_grad(q, k, v, attn_mask)
         if recorded and impl not in ("auto", "torch"):
             raise UnsupportedError(f"impl {impl!r}: has no backward pass yet, and a gradient is needed")
     except FlashCoreError as error:

@@ -29,18 +29,27 @@ def merge_states(
         ArgumentValueError: rank, shapes, devices or layout not allowed.
     """
     _check(o_a, lse_a, o_b, lse_b, layout)
-    lse = torch.logaddexp(lse_a, lse_b)
-    pivot = torch.where(lse == float("-inf"), 0.0, lse)
+    top = torch.maximum(lse_a, lse_b)
+    empty = top == float("-inf")
+    pivot = torch.where(empty, 0.0, top).detach()
 
-    def weighted(o: torch.Tensor, lse_x: torch.Tensor) -> torch.Tensor:
-        weight = torch.exp(lse_x - pivot)
+    def weigh(lse_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # -inf is replaced before exp and not only after: its gradient would be NaN
+        absent = lse_x == float("-inf")
+        return torch.where(absent, 0.0, torch.exp(torch.where(absent, pivot, lse_x) - pivot)), absent
+
+    weight_a, absent_a = weigh(lse_a)
+    weight_b, absent_b = weigh(lse_b)
+    total = torch.where(empty, 1.0, weight_a + weight_b)
+
+    def share(o: torch.Tensor, weight: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+        weight = weight / total
         if layout == "bshd":
-            weight, absent = weight.transpose(1, 2)[..., None], (lse_x == float("-inf")).transpose(1, 2)[..., None]
-        else:
-            weight, absent = weight[..., None], (lse_x == float("-inf"))[..., None]
-        return torch.where(absent, 0.0, o.float() * weight)
+            weight, absent = weight.transpose(1, 2), absent.transpose(1, 2)
+        return torch.where(absent[..., None], 0.0, o.float()) * weight[..., None]
 
-    return (weighted(o_a, lse_a) + weighted(o_b, lse_b)).to(o_a.dtype), lse
+    lse = torch.where(empty, float("-inf"), pivot + torch.log(total))
+    return (share(o_a, weight_a, absent_a) + share(o_b, weight_b, absent_b)).to(o_a.dtype), lse
 
 
 def _check(o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor, layout: str) -> None:

@@ -74,7 +74,7 @@ def _fake(
         layout=layout,
         top_left=top_left,
     )
-    batch, heads_q, _, seqlen_q, _, _, head_dim_v = check_tensors(q, k, v, attn_mask, options.layout)
+    batch, heads_q, _, seqlen_q, _, _, head_dim_v = check_tensors(q, k, v, attn_mask, options.layout, sdpa=top_left)
     shape = (batch, seqlen_q, heads_q, head_dim_v) if layout == "bshd" else (batch, heads_q, seqlen_q, head_dim_v)
     lse_shape = (batch, heads_q, seqlen_q) if return_lse else (0,)
     return q.new_empty(shape), q.new_empty(lse_shape, dtype=torch.float32)

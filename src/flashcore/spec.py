@@ -49,18 +49,19 @@ class Options:
             ArgumentValueError: NaN or infinite scale, negative, NaN or infinite softcap, window under -1, unknown layout.
         """
         if not isinstance(causal, bool):
-            raise ArgumentTypeError(f"causal: got {causal!r} of type {type(causal).__name__}; allowed: True or False")
+            name = "is_causal" if top_left else "causal"
+            raise ArgumentTypeError(f"{name}: got {shown(causal)} of type {type(causal).__name__}; allowed: True or False")
         if layout not in LAYOUTS:
             raise ArgumentValueError(f"layout: got {layout!r}; allowed: {' or '.join(map(repr, LAYOUTS))}")
         if scale is not None:
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise ArgumentTypeError(f"scale: got {scale!r} of type {type(scale).__name__}; allowed: None or a number")
+                raise ArgumentTypeError(f"scale: got {shown(scale)} of type {type(scale).__name__}; allowed: None or a number")
             if not abs(scale) < math.inf:  # Dynamo traces no math.isfinite of a dynamic float
-                raise ArgumentValueError(f"scale: got {scale!r}; allowed: None or a finite number")
+                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-            raise ArgumentTypeError(f"softcap: got {softcap!r} of type {type(softcap).__name__}; allowed: a number >= 0")
+            raise ArgumentTypeError(f"softcap: got {shown(softcap)} of type {type(softcap).__name__}; allowed: a number >= 0")
         if not 0 <= softcap < math.inf:
-            raise ArgumentValueError(f"softcap: got {softcap!r}; allowed: a finite number >= 0 (0 means no cap)")
+            raise ArgumentValueError(f"softcap: got {shown(softcap)}; allowed: a finite number >= 0 (0 means no cap)")
         return cls(
             causal=causal,
             scale=None if scale is None else float(scale),
@@ -76,12 +77,12 @@ def _check_window(window: Sequence[int] | None) -> tuple[int, int]:
     if window is None:
         return (-1, -1)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ArgumentTypeError(f"window: got {window!r}; {allowed}")
+        raise ArgumentTypeError(f"window: got {shown(window)}; {allowed}")
     for side in window:
         if isinstance(side, bool) or not isinstance(side, int):
-            raise ArgumentTypeError(f"window: got {window!r}; {allowed}")
+            raise ArgumentTypeError(f"window: got {shown(window)}; {allowed}")
         if side < -1:
-            raise ArgumentValueError(f"window: got {window!r}; {allowed}")
+            raise ArgumentValueError(f"window: got {shown(window)}; {allowed}")
     return (window[0], window[1])
 
 
@@ -170,7 +171,6 @@ class AttentionSpec:
         options: Options,
         *,
         return_lse: bool,
-        needs_grad: bool,
     ) -> AttentionSpec:
         """Validate the tensors of a call.
 
@@ -178,7 +178,7 @@ class AttentionSpec:
             ArgumentTypeError: not tensors, mixed or unsupported dtypes.
             ArgumentValueError: rank, shape, head count, head dim, device or mask shape not allowed.
         """
-        shape = check_tensors(q, k, v, attn_mask, options.layout)
+        shape = check_tensors(q, k, v, attn_mask, options.layout, sdpa=options.top_left)
         batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v = shape
         strides = [bhs_strides(t, options.layout) for t in (q, k, v)]
         contiguous_last = all(t.stride(3) == 1 or t.shape[3] == 1 for t in (q, k, v))
@@ -209,7 +209,7 @@ class AttentionSpec:
             softcap=options.softcap,
             mask=None if attn_mask is None else _mask_spec(attn_mask, (batch, heads_q, seqlen_q, seqlen_k)),
             return_lse=return_lse,
-            needs_grad=needs_grad,
+            needs_grad=needs_grad(q, k, v, attn_mask),
             allow_tf32=q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
         )
 
@@ -217,6 +217,27 @@ class AttentionSpec:
 def numbers(shape: Sequence[int]) -> str:
     """A shape as text."""
     return "(" + ", ".join([str(number(size)) for size in shape]) + ")"
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: repr, but for numbers, which torch.compile may hold as symbols."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int):
+        return str(number(value))
+    if isinstance(value, float):
+        return f"{float(value)}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join([shown(part) for part in value]) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join([shown(part) for part in value]) + "]"
+    return repr(value)
+
+
+def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 def number(size: int) -> int:
@@ -231,16 +252,19 @@ def bhs_strides(t: torch.Tensor, layout: Layout) -> tuple[int, int, int]:
 
 
 def check_tensors(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layout: Layout
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layout: Layout, *, sdpa: bool = False
 ) -> tuple[int, int, int, int, int, int, int]:
     """Check everything about the tensors but their memory (so that it serves symbolic shapes as well).
+
+    Args:
+        sdpa: name them in errors as SDPA's signature does.
 
     Returns:
         (batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v)
     """
-    named = {"q": q, "k": k, "v": v}
+    nq, nk, nv = ("query", "key", "value") if sdpa else ("q", "k", "v")
     dims = "(B, S, H, D)" if layout == "bshd" else "(B, H, S, D)"
-    for name, t in named.items():
+    for name, t in ((nq, q), (nk, k), (nv, v)):
         if not isinstance(t, torch.Tensor):
             raise ArgumentTypeError(f"{name}: got {type(t).__name__}; allowed: a torch.Tensor")
         if t.layout != torch.strided or t.is_nested:
@@ -249,33 +273,33 @@ def check_tensors(
             raise ArgumentValueError(f"{name}: got rank {t.dim()}, shape {numbers(t.shape)}; allowed: rank 4, {dims}")
         if t.dtype not in DTYPES:
             raise ArgumentTypeError(f"{name}: got dtype {t.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-    for name in ("k", "v"):
-        if named[name].dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: got dtype {named[name].dtype} with q of {q.dtype}; allowed: q's dtype")
-        if named[name].device != q.device:
-            raise ArgumentValueError(f"{name}: got device {named[name].device} with q on {q.device}; allowed: q's device")
     heads, seq = (2, 1) if layout == "bshd" else (1, 2)
     batch, heads_q, heads_k = q.shape[0], q.shape[heads], k.shape[heads]
     seqlen_q, seqlen_k, head_dim, head_dim_v = q.shape[seq], k.shape[seq], q.shape[3], v.shape[3]
-    for name in ("k", "v"):
-        if named[name].shape[0] != batch:
-            raise ArgumentValueError(
-                f"{name}: got batch {number(named[name].shape[0])} with q of {number(batch)}; allowed: q's batch"
-            )
+    for name, t in ((nk, k), (nv, v)):
+        if t.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: got dtype {t.dtype} with {nq} of {q.dtype}; allowed: {nq}'s dtype")
+        if t.device != q.device:
+            raise ArgumentValueError(f"{name}: got device {t.device} with {nq} on {q.device}; allowed: {nq}'s device")
+        if t.shape[0] != batch:
+            got = f"got batch {number(t.shape[0])} with {nq} of {number(batch)}"
+            raise ArgumentValueError(f"{name}: {got}; allowed: {nq}'s batch")
     if k.shape[3] != head_dim:
-        raise ArgumentValueError(f"k: got head dim {number(k.shape[3])} with q of {number(head_dim)}; allowed: q's head dim")
+        got = f"got head dim {number(k.shape[3])} with {nq} of {number(head_dim)}"
+        raise ArgumentValueError(f"{nk}: {got}; allowed: {nq}'s head dim")
     if v.shape[heads] != heads_k:
-        raise ArgumentValueError(f"v: got {number(v.shape[heads])} heads with k of {number(heads_k)}; allowed: k's heads")
+        got = f"got {number(v.shape[heads])} heads with {nk} of {number(heads_k)}"
+        raise ArgumentValueError(f"{nv}: {got}; allowed: {nk}'s heads")
     if v.shape[seq] != seqlen_k:
-        raise ArgumentValueError(f"v: got length {number(v.shape[seq])} with k of {number(seqlen_k)}; allowed: k's length")
-    for name, d in (("q", head_dim), ("v", head_dim_v)):
+        got = f"got length {number(v.shape[seq])} with {nk} of {number(seqlen_k)}"
+        raise ArgumentValueError(f"{nv}: {got}; allowed: {nk}'s length")
+    for name, d in ((nq, head_dim), (nv, head_dim_v)):
         if d < 1 or d > MAX_HEAD_DIM:
             raise ArgumentValueError(f"{name}: got head dim {number(d)}; allowed: 1 to {MAX_HEAD_DIM}")
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
-        raise ArgumentValueError(
-            f"k: got {number(heads_k)} heads with q of {number(heads_q)}; allowed: a divisor of q's, both at least 1"
-        )
-    for name, s in (("q", seqlen_q), ("k", seqlen_k)):
+        got = f"got {number(heads_k)} heads with {nq} of {number(heads_q)}"
+        raise ArgumentValueError(f"{nk}: {got}; allowed: a number of heads that divides {nq}'s, both at least 1")
+    for name, s in ((nq, seqlen_q), (nk, seqlen_k)):
         if s >= MAX_SEQLEN:
             raise ArgumentValueError(f"{name}: got length {number(s)}; allowed: under {MAX_SEQLEN}")
     if attn_mask is not None:

@@ -124,7 +124,8 @@ def test_an_index_is_what_the_records_add_up_to_and_reads_back(tmp_path: Path, m
     assert (index.gpu, index.arch, index.sources) == ("NVIDIA H200", "sm_90a", kernel_hashes())
     assert index.verified == {GOOD: ("good", 2)}
     assert (index.peaks.matrix_tflops, index.peaks.copy_tbytes) == ({"fp16": 700.0}, 4.0)
-    (timing,) = index.timings  # of half precision only
+    timing, single = index.timings
+    assert (timing.precision, single.precision, timing.mask) == ("half", "fp32", "none")
     assert timing.us == {"flashcore-portable": 8.0, "sdpa-auto": 9.0}
     assert (timing.batch, timing.heads, timing.seqlen_q, timing.seqlen_k, timing.head_dim) == (1, 8, 512, 512, 64)
     assert not timing.causal

@@ -40,8 +40,10 @@ def _evidence(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
 
 
 def _timing(ours: float, torchs: float, **shape: object) -> Timing:
-    sizes = {"batch": 1, "heads": 8, "seqlen_q": 512, "seqlen_k": 512, "head_dim": 64, "causal": False, **shape}
-    return Timing(**sizes, us={"flashcore-portable": ours, "sdpa-auto": torchs})
+    sizes = {"batch": 1, "heads": 8, "seqlen_q": 512, "seqlen_k": 512, "head_dim": 64, "causal": False}
+    return Timing(
+        **{**sizes, "precision": "half", "mask": "none", **shape}, us={"flashcore-portable": ours, "sdpa-auto": torchs}
+    )
 
 
 def test_on_a_cpu_auto_is_torch_and_says_why() -> None:
@@ -174,22 +176,25 @@ def test_far_from_every_measured_shape_nothing_is_claimed(make_spec, h200, monke
         assert _slower(make_spec(*far), h200) is None, far
 
 
+SIZES = {"batch": 1, "heads_q": 8, "heads_k": 8, "seqlen_q": 512, "seqlen_k": 512}
+MASK = torch.ones(512, 512, dtype=torch.bool)
+
+
 def test_what_was_not_measured_is_not_claimed(make_spec, h200, monkeypatch) -> None:
     timings = [_timing(20.0, 10.0), _timing(20.0, 10.0, causal=True)]
     _evidence(monkeypatch, timings=timings)
-    sizes = {"batch": 1, "heads_q": 8, "heads_k": 8, "seqlen_q": 512, "seqlen_k": 512}
 
     def slower(**options: object) -> bool:
-        return _slower(make_spec(**{**sizes, **options}), h200) is not None
+        return _slower(make_spec(**{**SIZES, **options}), h200) is not None
 
     assert slower() and slower(causal=True) and slower(dtype=torch.bfloat16)
     for options in (
         {"dtype": torch.float32},
         {"head_dim": 128},
-        {"head_dim_v": 32},
+        {"head_dim": 96},
         {"softcap": 5.0},
         {"window": (100, 0)},
-        {"mask": torch.ones(512, 512, dtype=torch.bool)},
+        {"mask": MASK},
         {"causal": True, "seqlen_k": 600},
         {"seqlen_q": 0},
         {"seqlen_k": 0},
@@ -201,6 +206,32 @@ def test_what_was_not_measured_is_not_claimed(make_spec, h200, monkeypatch) -> N
     assert not slower(causal=True)
     _evidence(monkeypatch, timings=[timings[0].model_copy(update={"us": {"flashcore-portable": 20.0}})])
     assert not slower()
+
+
+def test_masks_precisions_and_head_dims_are_compared_with_their_like(make_spec, h200, monkeypatch) -> None:
+    for shape, like, unlike in (
+        ({"mask": "bool"}, {"mask": MASK}, {"mask": MASK.half()}),
+        ({"mask": "bool"}, {"mask": MASK, "causal": True}, {}),
+        ({"mask": "additive"}, {"mask": MASK.half()}, {"mask": MASK}),
+        ({"precision": "fp32"}, {"dtype": torch.float32}, {}),
+        ({"head_dim": 96}, {"head_dim": 80}, {"head_dim": 128}),
+        ({"head_dim": 128}, {"head_dim": 128}, {"head_dim": 96}),
+    ):
+        _evidence(monkeypatch, timings=[_timing(20.0, 10.0, **shape)])
+        assert _slower(make_spec(**{**SIZES, **like}), h200) is not None, shape
+        assert _slower(make_spec(**{**SIZES, **unlike}), h200) is None, shape
+
+
+@pytest.mark.parametrize("options", [{"return_lse": True}, {"mask": MASK.float()}], ids=["lse", "float32 mask"])
+def test_a_call_that_sdpa_cannot_say_is_not_judged_by_sdpas_time(options: dict, make_spec, h200, monkeypatch) -> None:
+    # torch_backend takes matrix products and a softmax for these, which nobody measured
+    _evidence(monkeypatch, timings=[_timing(20.0, 10.0), _timing(20.0, 10.0, mask="additive")])
+    assert _slower(make_spec(**{**SIZES, **options}), h200) is None
+
+
+def test_a_narrow_value_is_not_judged_by_the_code_of_whole_blocks(make_spec, h200, monkeypatch) -> None:
+    _evidence(monkeypatch, timings=[_timing(20.0, 10.0)])
+    assert _slower(make_spec(**{**SIZES, "head_dim_v": 32}), h200) is None
 
 
 def test_a_target_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

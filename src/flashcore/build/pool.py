@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class _Worker:
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None and self._process.stdout is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # a worker that died with a request unread
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process.wait()
 

@@ -67,6 +67,8 @@ def refusal(record: VerifyRecord) -> str | None:
         return f"verified {record.implementation}, not our kernels"
     if record.failed:
         return f"has {record.failed} failed cases"
+    if not record.passed or not record.binaries:
+        return "names no binary that passed anything"
     return None
 
 

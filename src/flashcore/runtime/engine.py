@@ -36,28 +36,46 @@ def run(
     top_left: bool,
 ) -> Result:
     """Validate, plan and run a call; everything that depends only on the key is done once for each key."""
-    tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
-    if all(isinstance(t, torch.Tensor) for t in tensors):
-        key = (
-            *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad) for t in tensors),
-            torch.is_grad_enabled(),
-            # True == 1 == 1.0 as keys, but not as arguments
-            *((value, type(value)) for value in (causal, scale, softcap, return_lse, layout, impl, top_left)),
-            None if window is None else (type(window), *((side, type(side)) for side in window)),
-            q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
-        )
-        prepared = _prepared.get(key)
-        if prepared is not None:
-            return prepared(q, k, v, attn_mask)
-    else:
-        key = None  # validation says what is wrong
+    key = _key(q, k, v, attn_mask, window, (causal, scale, softcap, return_lse, layout, impl, top_left))
+    prepared = None if key is None else _prepared.get(key)
+    if prepared is not None:
+        return prepared(q, k, v, attn_mask)
     options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
     spec, plan = plan_call(q, k, v, attn_mask, options, return_lse, impl)
     prepared = _prepare(spec, plan, options)
     if len(_prepared) >= _MAX_PREPARED:
         _prepared.clear()
-    _prepared[key] = prepared
+    if key is not None:
+        _prepared[key] = prepared
     return prepared(q, k, v, attn_mask)
+
+
+def _key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    window: Sequence[int] | None,
+    options: tuple[object, ...],
+) -> Hashable | None:
+    """All that a prepared call depends on; None for arguments so wrong that they make none, which validation then names."""
+    tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+    sides = tuple(window) if isinstance(window, list) else window
+    try:
+        key = (
+            *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad) for t in tensors),
+            torch.is_grad_enabled(),
+            options,
+            # True == 1 == 1.0 as keys, but not as arguments
+            *map(type, options),
+            sides,
+            *map(type, sides or ()),
+            q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        )
+        hash(key)
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, not hashable or iterable, a tensor without memory
+        return None
+    return key
 
 
 def plan_call(
@@ -70,16 +88,8 @@ def plan_call(
     impl: str,
 ) -> tuple[AttentionSpec, Plan]:
     """The spec and the plan of a call, with nothing launched."""
-    spec = AttentionSpec.from_tensors(
-        q, k, v, attn_mask, options, return_lse=return_lse, needs_grad=needs_grad(q, k, v, attn_mask)
-    )
+    spec = AttentionSpec.from_tensors(q, k, v, attn_mask, options, return_lse=return_lse)
     return spec, make_plan(spec, Target.of(spec.device), impl)
-
-
-def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
-    """Whether autograd would record this call."""
-    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-    return wanted and torch.is_grad_enabled()
 
 
 def _prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:

@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, BinaryInfo]:
         return {}
     try:
         manifest = Manifest.model_validate_json(path.read_text())
-    except ValidationError as error:
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise BinaryError(f"{path}: not a manifest: {error}") from error
     if manifest.schema_version != MANIFEST_SCHEMA:
         raise BinaryError(f"{path}: schema {manifest.schema_version}; this FlashCore reads {MANIFEST_SCHEMA}")
@@ -92,7 +92,7 @@ def _cached_info(path: Path) -> BinaryInfo | None:
         return None
     try:
         return BinaryInfo.model_validate_json(record.read_text())
-    except ValidationError:
+    except (ValidationError, UnicodeDecodeError, OSError):
         warnings.warn(f"flashcore: {record} is damaged; compiling the kernel again", RuntimeWarning, stacklevel=2)
         return None
 
