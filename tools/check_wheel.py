@@ -17,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from flashcore.environment import collect
+
 PROBE = """
 import importlib.util, json, shutil, sys
 import torch, flashcore
@@ -67,6 +69,7 @@ def main() -> None:
         )
     record = {
         "schema_version": 1,
+        "environment": collect().model_dump(mode="json"),
         "wheel": wheel.name,
         "wheel_bytes": wheel.stat().st_size,
         **found,

@@ -56,6 +56,34 @@ class LaunchCost(BaseModel):
     host_us_per_call: dict[str, HostTime]
 
 
+class WheelVerdict(BaseModel):
+    """What `flashcore verify --suite mission` said from the installed wheel."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    exit: int
+    summary: list[str]
+
+
+class WheelCheck(BaseModel):
+    """What tools/check_wheel.py writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    environment: Environment
+    wheel: str
+    wheel_bytes: int
+    flashcore: str
+    triton: bool
+    compilers: list[str]
+    gpu: str
+    origin: str
+    binary_sha256: str
+    max_abs_error: float
+    verify_mission: WheelVerdict
+
+
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in SHARED_MEMORY_LIMIT]
@@ -177,12 +205,34 @@ def _launch(path: Path) -> str:
     return f"{table}\n\n- {_origin(path, cost.environment)}"
 
 
+def wheel() -> str:
+    """A wheel that ran where there is no Triton and no compiler."""
+    return _each("wheel", _wheel)
+
+
+def _wheel(path: Path) -> str:
+    try:
+        check = WheelCheck.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise ArgumentValueError(f"artifact: {path} is not what tools/check_wheel.py writes: {error}") from error
+    rows = [
+        ("wheel", f"{check.wheel}, {check.wheel_bytes / 1e6:.1f} MB"),
+        ("Triton importable", "yes" if check.triton else "no"),
+        ("compilers on the PATH", ", ".join(check.compilers) or "none"),
+        ("binary of the mission shape", f"{check.origin}, SHA-256 {check.binary_sha256}"),
+        ("`flashcore verify --suite mission`", f"exit {check.verify_mission.exit}: {' '.join(check.verify_mission.summary)}"),
+    ]
+    return f"{_table(('what', 'found'), rows)}\n\n- {_origin(path, check.environment)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "support": support,
     "mission": partial(benchmark, "mission"),
     "small": partial(compact, "small"),
     "fa": partial(compact, "fa"),
     "decode": partial(compact, "decode"),
+    "features": partial(compact, "features"),
+    "wheel": wheel,
     "small-full": partial(benchmark, "small"),
     "fa-full": partial(benchmark, "fa"),
     "verify": verification,

@@ -228,7 +228,7 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{float(value)}"
     if isinstance(value, tuple):
-        return "(" + ", ".join([shown(part) for part in value]) + ")"
+        return "(" + ", ".join([shown(part) for part in value]) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, list):
         return "[" + ", ".join([shown(part) for part in value]) + "]"
     return repr(value)
@@ -298,7 +298,7 @@ def check_tensors(
             raise ArgumentValueError(f"{name}: got head dim {number(d)}; allowed: 1 to {MAX_HEAD_DIM}")
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         got = f"got {number(heads_k)} heads with {nq} of {number(heads_q)}"
-        raise ArgumentValueError(f"{nk}: {got}; allowed: a number of heads that divides {nq}'s, both at least 1")
+        raise ArgumentValueError(f"{nk}: {got}; allowed: a divisor of {nq}'s, both at least 1")
     for name, s in ((nq, seqlen_q), (nk, seqlen_k)):
         if s >= MAX_SEQLEN:
             raise ArgumentValueError(f"{name}: got length {number(s)}; allowed: under {MAX_SEQLEN}")

@@ -87,13 +87,12 @@ def make_spec() -> Callable[..., AttentionSpec]:
 
         given = {"causal": False, "scale": None, "window": None, "softcap": 0.0, "layout": layout, **options}
         return AttentionSpec.from_tensors(
-            empty(heads_q, seqlen_q, head_dim),
+            empty(heads_q, seqlen_q, head_dim).requires_grad_(needs_grad),
             empty(heads_k, seqlen_k, head_dim),
             empty(heads_k, seqlen_k, head_dim_v or head_dim),
             mask,
             Options.check(**given),
             return_lse=return_lse,
-            needs_grad=needs_grad,
         )
 
     return make

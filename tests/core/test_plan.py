@@ -77,7 +77,7 @@ def test_what_the_kernel_cannot_do_is_refused(make_spec, h200, shipped, monkeypa
     from flashcore.spec import AttentionSpec, Options
 
     options = Options.check(causal=False, scale=None, window=None, softcap=0.0, layout="bshd")
-    strided = AttentionSpec.from_tensors(turned, turned, turned, None, options, return_lse=False, needs_grad=False)
+    strided = AttentionSpec.from_tensors(turned, turned, turned, None, options, return_lse=False)
     for spec, words in ((strided, "stride 1 in the last dimension"), (make_spec(needs_grad=True), "no backward pass")):
         plan = make_plan(spec, h200, "auto")
         assert plan.impl == "torch" and words in plan.reason and words in plan.rejected[0][1]

@@ -74,7 +74,7 @@ def test_strides_are_ordered_batch_head_sequence(layout: str, make_spec) -> None
 
 
 def _spec(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options) -> AttentionSpec:
-    return AttentionSpec.from_tensors(q, k, v, mask, _options(**options), return_lse=False, needs_grad=False)
+    return AttentionSpec.from_tensors(q, k, v, mask, _options(**options), return_lse=False)
 
 
 def test_aligned_means_that_every_pointer_stride_and_head_dim_allows_16_byte_loads() -> None:

@@ -40,15 +40,18 @@ def inspect(
     from flashcore.build.machine_code import read_machine_code
     from flashcore.cli.building import build_with_progress
     from flashcore.errors import ArgumentValueError
+    from flashcore.kernels.registry import shipped_set
     from flashcore.kernels.specialisation import Specialisation
 
     console = Console(width=None if Console().is_terminal else 160)
     broken = 0
-    for one in _archs(arch):
+    archs = _archs(arch)
+    for one in archs:
+        if not any(fnmatch(specialisation.name, only) for specialisation in shipped_set(one)):
+            raise ArgumentValueError(f"--only: {only!r} matches none of the binaries of {one}")
+    for one in archs:
         built = build_with_progress(one)
         binaries = [b for b in built.binaries if fnmatch(b.info.name, only)]
-        if not binaries and not built.failures:
-            raise ArgumentValueError(f"--only: {only!r} matches none of the binaries of {one}")
         with ThreadPoolExecutor() as pool:
             codes = list(pool.map(read_machine_code, binaries))
         table = Table(title=f"{one}: {len(binaries)} binaries", title_justify="left")

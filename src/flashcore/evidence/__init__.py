@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from flashcore.sources import kernel_hash
@@ -106,9 +107,13 @@ def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
         return None
     if 0 in spec.output_shape or spec.seqlen_k == 0:
         return None
+    if spec.return_lse or (spec.mask is not None and spec.mask.dtype not in (torch.bool, spec.dtype)):
+        return None  # torch_backend does these by hand, not by SDPA
     head_dim = max(spec.head_dim, spec.head_dim_v)
+    exact = spec.head_dim == spec.head_dim_v and head_dim in EXACT_DIMS
     mask = "none" if spec.mask is None else spec.mask.kind
     precision = "fp32" if spec.dtype.itemsize == 4 else "half"
+    general = mask != "none" or precision == "fp32"
 
     def distance(timing: Timing) -> float:
         """In factors of two: of both lengths, half each, of the number of heads and of the head dim."""
@@ -125,8 +130,8 @@ def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
         and timing.precision == precision
         # a mask is measured without causality, which costs either side less than the mask does
         and (timing.causal == spec.square_causal or mask != "none")
-        # a head dim that fills its block runs other code than one that does not
-        and (timing.head_dim == head_dim or (head_dim not in EXACT_DIMS and timing.head_dim not in EXACT_DIMS))
+        # of plain half calls, those whose head dim fills its block run other code than those whose does not
+        and (general or (timing.head_dim == head_dim if exact else timing.head_dim not in EXACT_DIMS))
         and {"flashcore-portable", "sdpa-auto"} <= timing.us.keys()
     ]
     if not alike:

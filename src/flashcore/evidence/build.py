@@ -42,11 +42,13 @@ def make_index(folder: Path) -> Index:
         raise BinaryError(f"{folder / 'verify.json'}: {refuse}")
     gpu = record.environment.gpu
     assert gpu is not None  # refusal() saw to it
-    measured = artifacts(folder)
+    # what was timed of another source says nothing of this one
+    sources = record.environment.kernel_sources
+    measured = [artifact for artifact in artifacts(folder) if artifact.environment.kernel_sources == sources]
     return Index(
         gpu=gpu.name,
         arch=_arch(gpu.arch),
-        sources=dict(record.environment.kernel_sources),
+        sources=dict(sources),
         verified={
             sha256: (binary.specialisation or "", len(binary.passed))
             for sha256, binary in sorted(record.binaries.items())
