@@ -8,6 +8,7 @@ never fills within one. The figures are quoted by docs/notes/host-overhead.md.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import statistics
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 import flashcore
 from flashcore.environment import collect
 from flashcore.kernels.portable import binding
-from flashcore.kernels.registry import KERNELS
+from flashcore.kernels.registry import EMPTY, KERNELS
 from flashcore.runtime import empty_launch
+from flashcore.runtime.driver import bindings, load_function
 from flashcore.runtime.engine import plan_call
 from flashcore.runtime.launch import Launcher
 from flashcore.runtime.store import obtain
@@ -41,6 +43,22 @@ def host_us(call: Callable[[], object]) -> float:
     for _ in range(CALLS):
         call()
     return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def bare_launch(device: torch.device) -> Callable[[], object]:
+    """The driver's call alone, everything about it fixed beforehand: what no launcher on cuda-bindings can go below."""
+    binary = obtain(EMPTY, Target.of(device))
+    function = load_function(binary.cubin, binary.info.symbol, binary.info.shared, "the empty kernel")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    scratch = ctypes.create_string_buffer(8 * len(binary.info.parameters))
+    size = ctypes.c_size_t(len(scratch))
+    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(scratch), 2, ctypes.addressof(size), 0)
+    address, launch_kernel = ctypes.addressof(extra), bindings().cuLaunchKernel
+
+    def launch(keep: object = (scratch, size, extra)) -> None:
+        launch_kernel(function, 1, 1, 1, binary.info.threads, 1, 1, 0, stream, 0, address)
+
+    return launch
 
 
 def main() -> None:
@@ -65,6 +83,7 @@ def main() -> None:
     constants = dict(specialisation.constants)
     shape = {"num_warps": specialisation.num_warps, "num_stages": specialisation.num_stages}
     calls: dict[str, Callable[[], object]] = {
+        "cuLaunchKernel through cuda-bindings, empty kernel": bare_launch(device),
         "our launcher, empty kernel": empty_launch(device),
         "our launcher, portable kernel": lambda: launch(pointers),
         "triton fn[grid], the same kernel": lambda: triton_launch(q, k, v, q, o, lse, *scalars, **constants, **shape),
@@ -81,7 +100,7 @@ def main() -> None:
                 samples[name].append(host_us(call))
     results = {name: {"median": statistics.median(of), "min": min(of), "max": max(of)} for name, of in samples.items()}
     for name, result in results.items():
-        print(f"{name:40s} {result['median']:7.2f} us  (min {result['min']:.2f})")
+        print(f"{name:50s} {result['median']:7.2f} us  (min {result['min']:.2f})")
     record = {"schema_version": 1, "environment": collect().model_dump(mode="json"), "host_us_per_call": results}
     Path(sys.argv[1]).write_text(json.dumps(record, indent=1) + "\n")
 
