@@ -47,6 +47,13 @@ def test_mission_shows_every_contender(record: Record) -> None:
     assert {"flashcore", "sdpa-flash", "sdpa-cudnn", "unfused"} <= rows.keys()
 
 
+def test_the_wheel_block_says_what_was_absent_and_what_ran(record: Record) -> None:
+    record()
+    rows = _rows(BLOCKS["wheel"]())
+    assert rows["Triton importable"] == ["no"] and rows["compilers on the PATH"] == ["none"]
+    assert rows["wheel"] == ["flashcore-0.1.0-py3-none-any.whl, 3.0 MB"]
+
+
 @pytest.mark.parametrize(("name", "shapes"), [("small", 7), ("fa", 4), ("decode", 4)])
 def test_a_grid_is_one_short_row_a_shape(name: str, shapes: int, record: Record) -> None:
     record()
