@@ -53,10 +53,14 @@ def bare_launch(device: torch.device) -> Callable[[], object]:
     scratch = ctypes.create_string_buffer(8 * len(binary.info.parameters))
     size = ctypes.c_size_t(len(scratch))
     extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(scratch), 2, ctypes.addressof(size), 0)
-    address, launch_kernel = ctypes.addressof(extra), bindings().cuLaunchKernel
+    driver = bindings()
+    config = driver.CUlaunchConfig()
+    config.gridDimX = config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX, config.numAttrs, config.hStream = binary.info.threads, 0, driver.CUstream(stream)
+    address, launch_kernel = ctypes.addressof(extra), driver.cuLaunchKernelEx
 
     def launch(keep: object = (scratch, size, extra)) -> None:
-        launch_kernel(function, 1, 1, 1, binary.info.threads, 1, 1, 0, stream, 0, address)
+        launch_kernel(config, function, 0, address)
 
     return launch
 
@@ -83,7 +87,7 @@ def main() -> None:
     constants = dict(specialisation.constants)
     shape = {"num_warps": specialisation.num_warps, "num_stages": specialisation.num_stages}
     calls: dict[str, Callable[[], object]] = {
-        "cuLaunchKernel through cuda-bindings, empty kernel": bare_launch(device),
+        "cuLaunchKernelEx through cuda-bindings, empty kernel": bare_launch(device),
         "our launcher, empty kernel": empty_launch(device),
         "our launcher, portable kernel": lambda: launch(pointers),
         "triton fn[grid], the same kernel": lambda: triton_launch(q, k, v, q, o, lse, *scalars, **constants, **shape),

@@ -82,7 +82,16 @@ class FakeDriver(ModuleType):
     def CUstream(self, handle: int) -> int:
         return handle
 
-    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+    class CUlaunchConfig:
+        """Plain attributes; what is not set is not there to be read."""
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        assert config.numAttrs == 0
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        return self._launch(function, *grid, *block, config.sharedMemBytes, config.hStream, parameters, extra)
+
+    def _launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         time.sleep(0)  # another thread may run before the arguments are read
         values = self._by_parameter(int(parameters)) if parameters else self._packed(int(extra))
         if self.context == 0:
@@ -92,7 +101,7 @@ class FakeDriver(ModuleType):
                 function=function, grid=(gx, gy, gz), block=(bx, by, bz), shared=shared, stream=int(stream), values=values
             )
         )
-        return (self._answer("cuLaunchKernel"),)
+        return (self._answer("cuLaunchKernelEx"),)
 
     def _by_parameter(self, address: int) -> list[int | float]:
         addresses = (ctypes.c_void_p * len(self.parameters)).from_address(address)
@@ -157,7 +166,7 @@ def test_a_binary_is_loaded_once_and_launched(fake: FakeDriver) -> None:
     for _ in range(2):
         _launcher(fake, binary, pointers=1, scalars=(7,)).launch((4096,))
     names = [call[0] for call in fake.calls]
-    assert names.count("cuModuleLoadData") == 1 and names.count("cuLaunchKernel") == 2
+    assert names.count("cuModuleLoadData") == 1 and names.count("cuLaunchKernelEx") == 2
     assert ("cuModuleLoadData", binary.cubin) in fake.calls and ("cuModuleGetFunction", "module", b"entry") in fake.calls
     assert ("cuFuncSetAttribute", "function", "shared", 5000) in fake.calls
     # a load may happen under a stream capture; the mode is put back
@@ -232,8 +241,8 @@ def test_other_calls_that_fail_name_themselves(fake: FakeDriver) -> None:
 
 def test_a_launch_that_fails(fake: FakeDriver) -> None:
     launcher = _launcher(fake, _binary())
-    fake.answers["cuLaunchKernel"] = Result.CUDA_ERROR_LAUNCH_FAILED
-    with pytest.raises(DriverError, match="the-kernel: cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
+    fake.answers["cuLaunchKernelEx"] = Result.CUDA_ERROR_LAUNCH_FAILED
+    with pytest.raises(DriverError, match="the-kernel: cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED"):
         launcher.launch(())
     fake.answers.clear()
     launcher.launch(())
@@ -251,7 +260,7 @@ def test_a_thread_without_a_context_gets_the_devices_own(fake: FakeDriver) -> No
 
 def test_a_context_that_the_driver_refuses_is_not_tried_for_ever(fake: FakeDriver) -> None:
     launcher = _launcher(fake, _binary())
-    fake.answers["cuLaunchKernel"] = Result.CUDA_ERROR_INVALID_CONTEXT
+    fake.answers["cuLaunchKernelEx"] = Result.CUDA_ERROR_INVALID_CONTEXT
     with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_CONTEXT"):
         launcher.launch(())
     fake.context = 0
@@ -294,9 +303,9 @@ def test_a_launch_on_a_device_that_is_not_the_current_one(fake: FakeDriver, monk
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     launched_on: list[int] = []
-    original = fake.cuLaunchKernel
+    original = fake.cuLaunchKernelEx
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
-    monkeypatch.setattr(fake, "cuLaunchKernel", lambda *a: (launched_on.append(current[0]), original(*a))[1])
+    monkeypatch.setattr(fake, "cuLaunchKernelEx", lambda *a: (launched_on.append(current[0]), original(*a))[1])
     _launcher(fake, _binary()).launch(())
     assert launched_on == [0] and current == [1]
 

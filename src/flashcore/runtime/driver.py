@@ -75,4 +75,4 @@ def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> Any:
 
 def launch_error(status: Any, what: str) -> DriverError:
     """The error for a launch that returned `status`."""
-    return DriverError(f"{what}: cuLaunchKernel failed: {status.name}")
+    return DriverError(f"{what}: cuLaunchKernelEx failed: {status.name}")

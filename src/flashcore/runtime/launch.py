@@ -75,23 +75,43 @@ class _Arguments:
         self.pack_pointers = struct.Struct(f"<{pointers}Q").pack_into
 
     def copy(self) -> tuple[ctypes.Array[ctypes.c_char], int, object]:
-        """A buffer of its own: (buffer to pack pointers into, address to give cuLaunchKernel as `extra`, what to keep)."""
+        """A buffer of its own: (buffer to pack pointers into, address to give the driver as `extra`, what to keep)."""
         buffer = ctypes.create_string_buffer(self._template, max(1, len(self._template)))
         size = ctypes.c_size_t(len(self._template))
         extra = (ctypes.c_void_p * 5)(_BUFFER_POINTER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _END)
         return buffer, ctypes.addressof(extra), (size, extra)
 
 
+class _Slot:
+    """What one thread needs for the time of a launch, during which the driver reads it."""
+
+    __slots__ = ("buffer", "config", "extra", "keep", "stream")
+
+    def __init__(self, packed: _Arguments, config: Any) -> None:
+        self.buffer, self.extra, self.keep = packed.copy()
+        self.config = config
+        self.stream: int | None = None  # the one that config holds
+
+
 def _bind(binary: Binary, device: int, grid: int, packed: _Arguments) -> Callable[[Sequence[int]], None]:
     name, threads, shared = binary.info.name, binary.info.threads, binary.info.shared
     function = _function(binary, device)
     driver = bindings()
-    launch_kernel, success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+    # With a configuration made beforehand, cuda-bindings converts four arguments a launch and not eleven.
+    launch_kernel, success = driver.cuLaunchKernelEx, driver.CUresult.CUDA_SUCCESS
     # torch._C: the public calls build objects and check what is known here, at up to 1 us each
     current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
-    pack_pointers, new_buffer = packed.pack_pointers, packed.copy
-    # A thread takes a buffer for the time of its launch, during which the driver reads it; both ends are atomic.
-    free: list[tuple[ctypes.Array[ctypes.c_char], int, object]] = [packed.copy()]
+    pack_pointers = packed.pack_pointers
+
+    def new_slot() -> _Slot:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.numAttrs = 0
+        return _Slot(packed, config)
+
+    free = [new_slot()]  # pop and append are atomic
 
     def launch(addresses: Sequence[int]) -> None:
         if current_device() != device:
@@ -99,12 +119,16 @@ def _bind(binary: Binary, device: int, grid: int, packed: _Arguments) -> Callabl
                 launch(addresses)
             return
         try:
-            taken = free.pop()
+            slot = free.pop()
         except IndexError:
-            taken = new_buffer()
-        pack_pointers(taken[0], 0, *addresses)
-        status = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, current_stream(device), 0, taken[1])[0]
-        free.append(taken)
+            slot = new_slot()
+        pack_pointers(slot.buffer, 0, *addresses)
+        stream = current_stream(device)
+        if stream != slot.stream:
+            slot.config.hStream = driver.CUstream(stream)
+            slot.stream = stream
+        status = launch_kernel(slot.config, function, 0, slot.extra)[0]
+        free.append(slot)
         if status is not success and status != success:
             # asked only now, because asking costs as much as a tenth of a launch
             if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT and make_current(device):
