@@ -32,7 +32,8 @@ def attention(
 
     Causal, window and mask combine as an intersection; softcap applies to the scaled score, before an additive mask. A row
     with nothing to attend gives output 0 and lse -inf. A key or value that no query may attend never reaches the output,
-    NaN and inf included; a NaN in a value that some rows attend may reach other rows of the same tile.
+    NaN and inf included; a NaN in a value that some rows attend may reach other rows of the same tile. That is the promise of
+    our kernels: where auto hands a call to PyTorch (`explain` says so), PyTorch's behaviour holds.
 
     Args:
         q: (B, Sq, Hq, D) for layout "bshd", (B, Hq, Sq, D) for "bhsd"; float16, bfloat16 or float32.
