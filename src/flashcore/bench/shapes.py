@@ -199,6 +199,7 @@ def override(shapes: tuple[Shape, ...], *, causal: bool, dtype: str | None, mask
     `causal=False` leaves every shape as it is; True makes all of them causal. None leaves the dtype or the mask.
     Raises ArgumentValueError for an unknown dtype or mask.
     """
+    # __post_init__ refuses a mask that is not one of its Literal
     changed = (
         replace(s, causal=s.causal or causal, dtype=dtype or s.dtype, mask=mask or s.mask)  # type: ignore[arg-type]
         for s in shapes

@@ -54,12 +54,16 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def disassemble(binary: Binary) -> str:
-    """The machine code as text."""
+def _run_on(binary: Binary, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.cubin)
         file.flush()
-        return _run("nvdisasm", "-c", file.name)
+        return _run(tool, option, file.name)
+
+
+def disassemble(binary: Binary) -> str:
+    """The machine code as text."""
+    return _run_on(binary, "nvdisasm", "-c")
 
 
 def read_machine_code(binary: Binary) -> MachineCode:
@@ -68,11 +72,8 @@ def read_machine_code(binary: Binary) -> MachineCode:
     Raises:
         CompileError: a tool is missing or fails, or its output is not understood: a gate must not pass on that.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.cubin)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        text = _run("nvdisasm", "-c", file.name)
+    usage = _run_on(binary, "cuobjdump", "--dump-resource-usage")
+    text = disassemble(binary)
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     # an instruction line: "/*0a10*/  @!P0 HGMMA.64x64x16.F32 R24, ... ;"
     counts = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text, re.MULTILINE))

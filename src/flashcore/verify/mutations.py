@@ -128,7 +128,7 @@ def tiled_attention(
         alpha = torch.exp(m - pivot)
         values = v[:, :, tile].float()
         values = values.masked_fill(~allowed.any(dim=-2)[..., None], 0.0)
-        l = l * alpha + p.sum(dim=-1, keepdim=True)  # noqa: E741
+        l = l * alpha + p.sum(dim=-1, keepdim=True)  # noqa: E741  (as above)
         if mutation is not Mutation.DROPPED_RESCALE:
             acc = acc * alpha
         acc = acc + p.to(v.dtype).float() @ values

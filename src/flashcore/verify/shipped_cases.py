@@ -28,6 +28,7 @@ def shipped_cases() -> list[Case]:
             ]
             cases += plain
             cases += [
+                # mypy does not match a dict of ints with replace's keywords
                 replace(case, name=f"{case.name}-many", needs_bytes=4 * GIB, **MANY)  # type: ignore[arg-type]
                 for case in plain
             ]
