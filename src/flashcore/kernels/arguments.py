@@ -1,0 +1,33 @@
+"""What a kernel's parameters are filled with at a launch, in the parameters' order. Data only; runtime/launch.py packs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+# The tensors of a call. `counter` is one int32, zero when the kernel starts, which a kernel may ask for (Binding.needs_counter).
+TensorName = Literal["q", "k", "v", "mask", "o", "lse", "counter"]
+TENSORS: tuple[TensorName, ...] = get_args(TensorName)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """The address of one of the call's tensors, null where the call has none."""
+
+    tensor: TensorName
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A TMA tensor map over one of the call's tensors.
+
+    `shape` and `strides` are in elements, outermost dimension first; the last stride is 1. The box, the swizzle and the
+    element type belong to the binary (runtime/binary.py), because the compiler chose them.
+    """
+
+    tensor: TensorName
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+Argument = Pointer | TensorMap | int | float
