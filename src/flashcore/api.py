@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from flashcore import ops, torch_backend
 from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError, UnsupportedError
-from flashcore.plan import Plan, check_impl
+from flashcore.plan import Plan, check_impl, only_torch
 from flashcore.runtime import engine
 from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors, needs_grad, shown
 
@@ -48,8 +48,8 @@ def attention(
         attn_mask: bool (True means attend) or additive (q's dtype or float32), broadcastable to (B, Hq, Sq, Sk).
         return_lse: also return the natural log-sum-exp of each row's scores.
         layout: "bshd" or "bhsd", of q, k, v and the output.
-        impl: "auto" picks by evidence and falls back to PyTorch, which `explain` shows; "portable" or "torch" runs that
-            one or raises.
+        impl: "auto" picks the fastest by evidence, PyTorch included, and `explain` shows which and why. "hopper" (sm_90a:
+            H100, H200), "portable" (sm_80 to sm_121) or "torch" runs that one or raises.
 
     Returns:
         o, contiguous where a kernel of ours made it, in q's dtype and layout, or (o, lse) with lse (B, Hq, Sq) float32.
@@ -127,7 +127,7 @@ def explain_sdpa(
     """The plan of `scaled_dot_product_attention` with these arguments. Runs nothing; same errors."""
     reason = _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
-        return Plan("torch", f"PyTorch's own attention, because portable {reason}", rejected=(("portable", reason),))
+        return only_torch(reason)
     options = Options.check(causal=is_causal, scale=scale, window=None, softcap=0.0, layout="bhsd", top_left=True)
     return engine.plan_call(query, key, value, attn_mask, options, False, "auto")[1]
 
@@ -210,7 +210,7 @@ def _dispatch(
         check_impl(impl)
         check_tensors(q, k, v, attn_mask, options.layout, sdpa=top_left)
         recorded = needs_grad(q, k, v, attn_mask)
-        if recorded and impl not in ("auto", "torch"):
+        if recorded and impl not in ("auto", torch_backend.IMPL):
             raise UnsupportedError(f"impl {impl!r}: has no backward pass yet, and a gradient is needed")
     except FlashCoreError as error:
         refused = _refuse(error)

@@ -6,6 +6,7 @@ A block names the artifacts it was made from. One that has not been recorded is 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,25 +16,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flashcore import evidence
 from flashcore.bench.artifact import Artifact, load
-from flashcore.bench.markdown import to_markdown
+from flashcore.bench.bar_view import bar_view
+from flashcore.bench.markdown import to_markdown, view_to_markdown
 from flashcore.bench.shapes import DTYPES
 from flashcore.bench.view import figure
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
-from flashcore.kernels.portable.config import SHARED_MEMORY_LIMIT
 from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
 from flashcore.sources import kernel_hash
 from flashcore.spec import MAX_HEAD_DIM
 from flashcore.target import ARCH_OF_CAPABILITY, Target
 from flashcore.verify.cases import mission_cases
-from flashcore.verify.record import CaseRecord, VerifyRecord, read
-from flashcore.verify.suite import Verdict
+from flashcore.verify.record import CaseRecord, VerifyRecord, counts, read
+from flashcore.verify.suite import VERDICTS
 
 NOTHING = "no artifact recorded"
-PORTABLE, FLASH = "flashcore-portable", "sdpa-flash"
+HOPPER, PORTABLE, FLASH, CUDNN = "flashcore-hopper", "flashcore-portable", "sdpa-flash", "sdpa-cudnn"
 # What a reader compares first; EVALUATION.md has the whole tables.
-COMPACT = ("flashcore", PORTABLE, FLASH, "sdpa-cudnn")
-VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "skipped")
+COMPACT = ("flashcore", HOPPER, PORTABLE, FLASH, CUDNN)
+# Each kernel with the peer that its mean over a grid is told against.
+MEANS = ((HOPPER, CUDNN), (PORTABLE, FLASH))
 
 
 class HostTime(BaseModel):
@@ -86,7 +88,7 @@ class WheelCheck(BaseModel):
 
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
-    rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in SHARED_MEMORY_LIMIT]
+    rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
     origins = [_origin(path, _read_verify(path).environment) for path in _recorded("verify")]
     return "\n".join(
         (
@@ -133,16 +135,29 @@ def _of_artifact(path: Path, artifact: Artifact) -> str:
 
 
 def _mean_ratio(artifact: Artifact) -> list[str]:
-    """Ours to SDPA's flash backend over all shapes of a grid; nothing for a single shape, whose table says it."""
-    ratios = []
-    for record in artifact.shapes:
-        us = {c.name: series.stats.p50 for c in record.contenders if (series := c.find(artifact.leading_mode))}
-        if PORTABLE in us and FLASH in us:
-            ratios.append(us[FLASH] / us[PORTABLE])
-    if len(ratios) < 2:
-        return []
-    mean = f"{statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})"
-    return [f"{PORTABLE} is {mean} times as fast as {FLASH}: geometric mean of {len(ratios)} shapes"]
+    """Each kernel to a backend of SDPA over all shapes of a grid; nothing for a single shape, whose table says it."""
+    notes = []
+    for ours, peer in MEANS:
+        ratios = []
+        for record in artifact.shapes:
+            us = {c.name: series.stats.p50 for c in record.contenders if (series := c.find(artifact.leading_mode))}
+            if ours in us and peer in us:
+                ratios.append(us[peer] / us[ours])
+        if len(ratios) > 1:
+            mean = f"{statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})"
+            notes.append(f"{ours} is {mean} times as fast as {peer}: geometric mean of {len(ratios)} shapes")
+    return notes
+
+
+def bar() -> str:
+    """The bar of the kernel for Hopper beside what was measured."""
+    return _each("bench-fa", lambda path: _bar(path, load(path)))
+
+
+def _bar(path: Path, artifact: Artifact) -> str:
+    view = bar_view(artifact)
+    table = "no run of the bar's grid on a GPU\n" if view is None else view_to_markdown(view).rstrip()
+    return f"{table}\n- {_origin(path, artifact.environment)}"
 
 
 def _compact(path: Path, artifact: Artifact) -> str:
@@ -163,31 +178,46 @@ def _compact(path: Path, artifact: Artifact) -> str:
 
 
 def verification() -> str:
-    """How many cases of each group passed, failed and were skipped."""
+    """How many cases of each group passed, failed, were skipped and were rejected, for each implementation."""
     return _each("verify", lambda path: _verification(path, _read_verify(path)))
 
 
 def _verification(path: Path, record: VerifyRecord) -> str:
+    by_implementation: dict[str, list[CaseRecord]] = {}
+    for case in record.cases:
+        by_implementation.setdefault(case.implementation, []).append(case)
+    tables = [_verified(record, name, cases) for name, cases in by_implementation.items()]
+    return "\n".join((*tables, f"- {_origin(path, record.environment)}"))
+
+
+def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> str:
+    """The table of one implementation. Groups that it rejected altogether have no row; the notes count them."""
     mission = {case.name for case in mission_cases()}
     groups: dict[str, list[CaseRecord]] = {}
-    for case in record.cases:
+    for case in cases:
         group = "the 15 of the mission" if case.name in mission else case.name.partition("-")[0]
         groups.setdefault(group, []).append(case)
-    rows = [_group_row(name, cases) for name, cases in (*groups.items(), ("all", record.cases))]
+    taken = {group: its for group, its in groups.items() if any(case.verdict != "rejected" for case in its)}
+    rows = [_group_row(group, its) for group, its in (*taken.items(), ("all", cases))]
+    binaries = {case.binary_sha256 for case in cases if case.binary_sha256}
+    rejections = Counter(case.reason for case in cases if case.verdict == "rejected")
     lines = [
+        f"**{name} on {record.device}, suite {record.suite}**",
+        "",
         _table(("cases", *VERDICTS, "largest error / its bound"), rows),
         "",
-        f"- {record.implementation} on {record.device}, suite {record.suite}; {len(record.binaries)} binaries ran",
-        *(f"- {c.verdict}: {c.name}: {c.reason}" for c in record.cases if c.verdict != "passed"),
-        f"- {_origin(path, record.environment)}",
+        f"- {len(binaries)} binaries of {name} ran",
+        *(f"- {name} rejected {count}: {reason}" for reason, count in rejections.items()),
+        *(f"- {c.verdict}: {c.name}: {c.reason}" for c in cases if c.verdict in ("failed", "skipped")),
+        "",
     ]
     return "\n".join(lines)
 
 
 def _group_row(name: str, cases: Sequence[CaseRecord]) -> tuple[str, ...]:
-    counts = (str(sum(case.verdict == verdict for case in cases)) for verdict in VERDICTS)
+    counted = counts(cases)
     shares = [c.output.max_abs / c.output.bound for c in cases if c.output and c.output.max_abs is not None and c.output.bound]
-    return (name, *counts, f"{max(shares):.2f}" if shares else "-")
+    return (name, *(str(counted[verdict]) for verdict in VERDICTS), f"{max(shares):.2f}" if shares else "-")
 
 
 def launch() -> str:
@@ -235,6 +265,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "wheel": wheel,
     "small-full": partial(benchmark, "small"),
     "fa-full": partial(benchmark, "fa"),
+    "bar": bar,
     "verify": verification,
     "launch": launch,
 }

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from flashcore import evidence
+from flashcore import evidence, torch_backend
+from flashcore.build.compile import triton_version
 from flashcore.errors import ArgumentValueError, UnsupportedError
-from flashcore.kernels.portable import binding as portable
+from flashcore.kernels.binding import Binding
+from flashcore.kernels.registry import BINDINGS, KERNELS
 from flashcore.kernels.specialisation import Specialisation
 from flashcore.spec import AttentionSpec
 from flashcore.target import Target
 
-IMPLS = ("auto", "portable", "torch")
-Impl = Literal["portable", "torch"]
+# what `impl=` takes; after "auto", in the order of auto's preference where measurements do not decide
+IMPLS = ("auto", *BINDINGS, torch_backend.IMPL)
+_BY_NAME = "asked for by name"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a call will do. `str(plan)` is what `flashcore explain` prints."""
 
-    impl: Impl
+    # a name of IMPLS, and never "auto"
+    impl: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
     kernel: str | None = None
@@ -60,34 +63,70 @@ def make_plan(spec: AttentionSpec, target: Target, impl: str) -> Plan:
         UnsupportedError: the named impl cannot run this call on this device; it never falls back.
     """
     check_impl(impl)
-    if impl == "torch":
-        return Plan("torch", "asked for by name")
-    refusal = portable.reject(spec, target.arch, target.interpreted)
-    if impl == "auto" and refusal is None and target.interpreted:
-        refusal = "on a CPU it runs in Triton's interpreter, which is for checking, not for use"
-    if refusal is None:
-        why = "asked for by name" if impl == "portable" else "the fastest kernel of ours that applies"
-        found = _portable(spec, target, why)
-        if isinstance(found, Plan):
-            refusal = _refuse_on_evidence(found, spec, target) if impl == "auto" else None
-            if refusal is None:
-                return found
-        else:
-            refusal = found
-    if impl == "portable":
-        raise UnsupportedError(f"impl 'portable': {refusal}")
-    return Plan("torch", f"PyTorch's own attention, because portable {refusal}", rejected=(("portable", refusal),))
+    if impl == "auto":
+        return _choose(spec, target)
+    if impl == torch_backend.IMPL:
+        return Plan(impl, _BY_NAME)
+    found = _plan_ours(BINDINGS[impl], spec, target)
+    if isinstance(found, str):
+        raise UnsupportedError(f"impl {impl!r}: {found}")
+    return replace(found, reason=_BY_NAME)
 
 
-def _portable(spec: AttentionSpec, target: Target, reason: str) -> Plan | str:
-    """The plan with the portable kernel, or why there is no binary for it."""
+def only_torch(why: str) -> Plan:
+    """The plan of a call that PyTorch runs for want of something that every kernel of ours lacks."""
+    reason = f"PyTorch's own attention, because each kernel of ours {why}"
+    return Plan(torch_backend.IMPL, reason, tuple((impl, why) for impl in BINDINGS))
+
+
+def _choose(spec: AttentionSpec, target: Target) -> Plan:
+    """The fastest by evidence of all that may run; where it does not say, the first in the order of IMPLS."""
+    rejected: dict[str, str] = {}
+    candidates: list[Plan] = []
+    for impl, binding in BINDINGS.items():
+        found = _plan_ours(binding, spec, target)
+        refusal = found if isinstance(found, str) else _refuse(found, target)
+        if refusal is not None:
+            rejected[impl] = refusal
+        elif isinstance(found, Plan):
+            candidates.append(found)
+    best, *others = (*candidates, Plan(torch_backend.IMPL, ""))
+    reason = "the first choice of those that apply; nothing near this call was measured"
+    for other in others:
+        comparison = evidence.compare(spec, target, best.impl, other.impl)
+        if comparison is None:
+            rejected[other.impl] = f"comes after {best.impl}, and no measurement says that it is faster here"
+            continue
+        reason = "the fastest of those measured near this call"
+        rejected[comparison.loser] = comparison.why
+        if comparison.winner == other.impl:
+            best = other
+    listed = tuple((impl, rejected[impl]) for impl in IMPLS if impl in rejected)
+    if best.impl == torch_backend.IMPL:
+        reason = "PyTorch's own attention, because " + "; and ".join(f"{impl} {why}" for impl, why in listed)
+    return replace(best, reason=reason, rejected=listed)
+
+
+def _plan_ours(binding: Binding, spec: AttentionSpec, target: Target) -> Plan | str:
+    """The plan with a kernel of ours, its reason still open, or why the kernel or a binary of it cannot run the call."""
     from flashcore.runtime.store import locate
 
+    refusal = binding.reject(spec, target.arch, target.interpreted)
+    if refusal is not None:
+        return refusal
     arch = target.arch or "sm_90a"  # the interpreter runs the tiles of the GPU that the evidence is from
-    specialisation = portable.specialise_call(spec, arch, target.sm_count or 132)
-    grid = portable.grid(spec, specialisation)
+    sm_count = target.sm_count or 132
+    specialisation = binding.specialise_call(spec, arch, sm_count)
+    plan = Plan(
+        binding.IMPL,
+        "",
+        kernel=binding.KERNEL,
+        specialisation=specialisation,
+        grid=binding.grid(spec, specialisation, sm_count),
+        interpreted=target.interpreted,
+    )
     if target.interpreted:
-        return Plan("portable", reason, (), portable.KERNEL, specialisation, grid, "none", None, None, True)
+        return plan
     location = locate(specialisation, arch)
     if location is None:
         return (
@@ -95,13 +134,20 @@ def _portable(spec: AttentionSpec, target: Target, reason: str) -> Plan | str:
             "compile it, is not installed (pip install flashcore[compile])"
         )
     sha256 = None if location.info is None else location.info.sha256
-    state = evidence.state(portable.KERNEL, sha256, target)
-    return Plan("portable", reason, (), portable.KERNEL, specialisation, grid, state, location.origin, sha256, False)
+    state = evidence.state(binding.KERNEL, sha256, target)
+    return replace(plan, evidence=state, origin=location.origin, binary_sha256=sha256)
 
 
-def _refuse_on_evidence(plan: Plan, spec: AttentionSpec, target: Target) -> str | None:
+def _refuse(plan: Plan, target: Target) -> str | None:
+    """Why auto does not take what a named call would run."""
+    assert plan.kernel is not None
+    if plan.interpreted:
+        return "on a CPU runs in Triton's interpreter, which is for checking, not for use"
     if plan.evidence == "experimental":
         return "has no evidence for its present source (run `flashcore verify --record`)"
     if plan.evidence == "compiled" and os.environ.get("FLASHCORE_STRICT", "0") == "1":
         return f"has a binary not verified on {target.arch}, and FLASHCORE_STRICT=1 refuses such"
-    return evidence.slower_than_torch(spec, target)
+    wanted = KERNELS[plan.kernel].triton
+    if plan.origin == "compile" and wanted not in (None, triton_version()):
+        return f"has no binary yet, and only Triton {wanted} is known to compile it; {triton_version()} is installed"
+    return None

@@ -120,7 +120,7 @@ class MaskSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """All that planning needs to know of a call: shapes, strides (in elements, ordered B, H, S), dtypes and options."""
+    """All that planning needs to know of a call: shapes, strides (as bhs_strides has them), dtypes and options."""
 
     batch: int
     heads_q: int
@@ -246,8 +246,11 @@ def number(size: int) -> int:
 
 
 def bhs_strides(t: torch.Tensor, layout: Layout) -> tuple[int, int, int]:
-    """Strides of the batch, head and sequence dimensions, in elements."""
-    b, first, second, _ = t.stride()
+    """Strides of the batch, head and sequence dimensions, in elements; 0 where there is one element or none.
+
+    PyTorch lets such a stride be anything. Nothing is ever multiplied by it but 0, and it must not make a tensor unaligned.
+    """
+    b, first, second = (stride if size > 1 else 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
     return (b, second, first) if layout == "bshd" else (b, first, second)
 
 

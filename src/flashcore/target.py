@@ -21,6 +21,17 @@ ARCH_OF_CAPABILITY = {
     (12, 1): "sm_121a",
 }
 
+# Shared memory one block may use, in bytes. sm_80 is held to 8.6's limit, because 8.6 and 8.7 run its binaries.
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_103a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+    "sm_121a": 99 * 1024,
+}
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter. Triton reads the variable once, when a kernel is imported."""

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 
 from flashcore.spec import Band, Options
 
+# the name that `impl=` takes
+IMPL = "torch"
+
 
 def attend(
     q: torch.Tensor,

@@ -6,7 +6,9 @@ import pytest
 
 from flashcore import cli
 from flashcore.bench import contenders as registry
+from flashcore.bench import runner
 from flashcore.bench.artifact import load
+from flashcore.errors import UnsupportedError
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -36,6 +38,30 @@ def test_a_wrong_result_of_ours_is_exit_1(monkeypatch, tmp_path: Path, capsys) -
     rows = {c.name: c for c in load(tmp_path / "run.json").shapes[0].contenders}
     assert rows["flashcore"].status == "wrong" and not rows["flashcore"].series
     assert "error: flashcore on 1,1,32,64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "retime", "eager"),
+    [
+        (("--grid", "fa"), True, False),
+        (("--grid", "fa", "--eager"), True, True),
+        (("--grid", "small"), False, True),
+        (("--grid", "small", "--no-eager"), False, False),
+        (("--shape", "tiny"), False, True),
+    ],
+)
+def test_the_bars_grid_is_timed_in_both_orders_without_python_calls(
+    monkeypatch, arguments: tuple[str, ...], retime: bool, eager: bool
+) -> None:
+    asked: list[runner.Request] = []
+
+    def run_nothing(request, device, progress):
+        asked.append(request)
+        raise UnsupportedError("nothing is measured here")
+
+    monkeypatch.setattr(runner, "run", run_nothing)
+    run(monkeypatch, *arguments)
+    assert (asked[0].retime, asked[0].eager) == (retime, eager)
 
 
 @pytest.mark.parametrize(

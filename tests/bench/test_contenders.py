@@ -8,6 +8,7 @@ from flashcore.bench.gate import Oracle
 from flashcore.bench.inputs import Inputs, InputSets
 from flashcore.bench.shapes import Shape, parse_shape
 from flashcore.errors import ArgumentValueError
+from flashcore.kernels.registry import BINDINGS
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -40,9 +41,17 @@ def test_gpu_only_contenders_say_so_on_a_cpu(name: str) -> None:
     assert reason is not None and ("CUDA only" in reason or "not installed" in reason)
 
 
-def test_interpreted_kernel_is_never_timed() -> None:
+def test_interpreted_kernel_is_never_timed(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     reason = contenders()["flashcore-portable"].unavailable_reason(_inputs(SHAPES["plain"]))
     assert reason is not None and reason.startswith("interpreted")
+
+
+@pytest.mark.parametrize("impl", BINDINGS)
+def test_every_kernel_of_ours_is_a_contender_that_says_why_it_cannot_run_on_a_cpu(impl: str, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    contender = contenders()[f"flashcore-{impl}"]
+    assert contender.kind == "ours" and f"impl '{impl}'" in (contender.unavailable_reason(_inputs(SHAPES["plain"])) or "")
 
 
 def test_scores_that_do_not_fit_are_refused_by_estimate() -> None:
@@ -54,8 +63,10 @@ def test_scores_that_do_not_fit_are_refused_by_estimate() -> None:
 
 def test_selection() -> None:
     chosen, left_out = select([], "fa")
-    assert {"flashcore", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient"} <= {c.name for c in chosen}
-    assert "flex" in left_out and not set(left_out) & {c.name for c in chosen}
+    # sdpa-auto among them: the planner compares with it (evidence/__init__.py)
+    assert {"flashcore", "flashcore-portable", "sdpa-flash", "sdpa-cudnn", "sdpa-auto"} <= {c.name for c in chosen}
+    assert not set(left_out) & {c.name for c in chosen}
+    assert "compiles anew" in left_out["flex"] and "--impl sdpa-efficient" in left_out["sdpa-efficient"]
     assert [c.name for c in select(["flex", "flashcore", "flex"], "fa")[0]] == ["flex", "flashcore"]
     assert len(select([], None)[0]) == len(contenders())
     with pytest.raises(ArgumentValueError, match="impl: nonsense is unknown; allowed: flashcore"):

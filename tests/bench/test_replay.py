@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flashcore.bench.artifact import ContenderRecord
+from flashcore.bench.runner import _with_outcome
 from flashcore.bench.timing import EAGER_ROUNDS, Candidate, Plan, shuffled, time_cuda
 
 
@@ -124,6 +126,41 @@ def test_cold_launches_use_each_set_once_a_replay(gpu: PretendGpu) -> None:
     cold = outcome.series[1]
     assert (cold.mode, cold.launches) == ("device_cold", 40) and cold.samples == pytest.approx([15.0] * 10)
     assert gpu.log[-40:] == [f"set {number}" for number in range(40)]
+
+
+def test_timed_again_every_round_runs_in_reverse(gpu: PretendGpu) -> None:
+    plan = Plan(iters=4, eager=False, retime=True)
+    outcomes = time_cuda([Candidate(n, gpu.kernel(2000.0, n)) for n in "abc"], plan, CPU)
+    rounds = ["".join(gpu.log[start : start + 3]) for start in range(len(gpu.log) - 12, len(gpu.log), 3)]
+    assert rounds == ["".join(reversed(shuffled("abc", number))) for number in range(4)]
+    for outcome in outcomes.values():
+        first, again = outcome.series
+        assert (first.mode, again.mode) == ("device_warm", "device_reversed")
+        assert first.launches == again.launches and len(first.samples) == len(again.samples) == 4
+
+
+def test_a_gpu_that_slows_down_shows_between_the_orders(gpu: PretendGpu) -> None:
+    hot = False
+    kernel = gpu.kernel(2000.0)
+
+    def call() -> torch.Tensor:
+        output = kernel()
+        if gpu.capturing is not None:
+
+            def throttle() -> None:
+                gpu.now += 500.0 * hot
+
+            gpu.capturing.append(throttle)
+        return output
+
+    def progress(what: str, fraction: float) -> None:
+        nonlocal hot
+        hot = what == "device_reversed"
+
+    outcome = time_cuda([Candidate("a", call)], Plan(iters=10, eager=False, retime=True), CPU, progress)["a"]
+    series = _with_outcome(ContenderRecord(name="a", kind="ours", status="not timed"), outcome).series
+    assert series[0].to_first is None
+    assert series[1].to_first == pytest.approx(1.25)
 
 
 def test_eager_series_come_after_and_only_when_asked_for(gpu: PretendGpu) -> None:

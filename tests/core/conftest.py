@@ -1,20 +1,27 @@
 """What the core's tests share: one torch thread, caches that do not leak between tests, specs, targets and real binaries."""
 
+import ctypes
 import fcntl
 import os
 import pickle
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from enum import IntEnum
+from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from flashcore import evidence
 from flashcore.build.pool import Request, compile_all
+from flashcore.kernels.arguments import Argument
 from flashcore.kernels.registry import EMPTY, shipped_set
-from flashcore.runtime import engine, store
-from flashcore.runtime.binary import Binary
+from flashcore.runtime import driver, engine, launch, store
+from flashcore.runtime.binary import Binary, BinaryInfo, KernelParameter, TensorMapLayout
+from flashcore.runtime.launch import Launcher
 from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
 
@@ -123,3 +130,201 @@ def _compile() -> dict[str, Binary | None]:
     outcomes = compile_all(list(requests.values()), jobs=2)
     assert [outcome.error for outcome in outcomes] == [None] * len(requests)
     return {name: outcome.binary for name, outcome in zip(requests, outcomes, strict=True)}
+
+
+_SIZES = {"i64": 8, "i32": 4, "fp32": 4}
+_CTYPES = {"i64": ctypes.c_int64, "i32": ctypes.c_int32, "fp32": ctypes.c_float}
+
+
+_LAYOUT = TensorMapLayout(element="fp16", box=(1, 64, 32), swizzle=64)
+_MAP = "tensormap<fp16[1,64,32]>"
+
+
+# where a kernel's parameters begin in the constant memory of sm_90, in which they are aligned
+_BANK = 0x210
+
+
+def placed(parameters: Sequence[KernelParameter]) -> list[KernelParameter]:
+    """The parameters one after the other, with the offsets that ptxas gives them for sm_90."""
+    found, end = [], _BANK
+    for parameter in parameters:
+        start = end + -end % (64 if parameter.tensor_map else parameter.size)
+        found.append(parameter.model_copy(update={"offset": start - _BANK}))
+        end = start + parameter.size
+    return found
+
+
+def parameters_of(name: str, kind: str) -> list[KernelParameter]:
+    """A parameter of this type, not yet placed; for _MAP its shape and strides too, as the compiler adds them."""
+    if kind != _MAP:
+        size = _SIZES.get(kind, 8)
+        return [KernelParameter(name=name, type=kind, size=size, offset=0)]
+    tensor_map = KernelParameter(name=name, type=kind, size=128, offset=0, tensor_map=_LAYOUT)
+    return [tensor_map, *(p for i in range(6) for p in parameters_of(f"{name}_{i}", "i32" if i < 3 else "i64"))]
+
+
+def address_first(address: int, others: bytes) -> bytes:
+    """A tensor map as Hopper's are: the address, then what does not depend on it."""
+    return address.to_bytes(8, "little") + others
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_INVALID_CONTEXT = 201
+
+
+class Names:
+    """An enum of the driver's, whose members are their own names."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+class EncodedMap:
+    """A CUtensorMap."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = ctypes.create_string_buffer(content, 128)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._content)
+
+
+class FakeDriver(ModuleType):
+    """cuda.bindings.driver as far as FlashCore uses it. `answers` are the statuses of calls that do not succeed.
+
+    `map_of` is what an encoded tensor map holds, by its address and by the hash of everything else.
+    """
+
+    CUresult = Result
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUtensorMapDataType = CUtensorMapSwizzle = CUtensorMapInterleave = Names()
+    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = Names()
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.driver")
+        self.answers: dict[str, Result] = {}
+        self.calls: list[tuple] = []
+        self.launches: list[SimpleNamespace] = []
+        self.parameters: Sequence[KernelParameter] = ()
+        self.map_of = address_first
+        self.context = 1000  # the one current in this thread; 0 for none. A device's primary one is 1000 and its number.
+
+    def _answer(self, *call: object) -> Result:
+        self.calls.append(call)
+        return self.answers.get(str(call[0]), Result.CUDA_SUCCESS)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: object):
+        return self._answer("cuThreadExchangeStreamCaptureMode", mode), "mode before"
+
+    def cuCtxGetCurrent(self):
+        return self._answer("cuCtxGetCurrent"), self.context
+
+    def cuCtxSetCurrent(self, context: int):
+        self.context = context
+        return (self._answer("cuCtxSetCurrent", context),)
+
+    def cuDeviceGet(self, index: int):
+        return self._answer("cuDeviceGet", index), index
+
+    def cuDevicePrimaryCtxRetain(self, device: int):
+        return self._answer("cuDevicePrimaryCtxRetain", device), 1000 + device
+
+    def cuModuleLoadData(self, image: bytes):
+        return self._answer("cuModuleLoadData", image), "module"
+
+    def cuModuleGetFunction(self, module: object, name: bytes):
+        return self._answer("cuModuleGetFunction", module, name), "function"
+
+    def cuFuncSetAttribute(self, *arguments: object):
+        return (self._answer("cuFuncSetAttribute", *arguments),)
+
+    def CUstream(self, handle: int) -> int:
+        return handle
+
+    def cuuint64_t(self, value: int) -> int:
+        return ctypes.c_uint64(value).value
+
+    def cuuint32_t(self, value: int) -> int:
+        return ctypes.c_uint32(value).value
+
+    def cuTensorMapEncodeTiled(self, element, rank, address, *others):
+        assert address % 16 == 0 and address > 0
+        if self.context == 0:
+            return Result.CUDA_ERROR_INVALID_CONTEXT, None
+        content = self.map_of(address, sha256(repr((element, rank, others)).encode()).digest())
+        return self._answer("cuTensorMapEncodeTiled", element, rank, address, *others), EncodedMap(content)
+
+    class CUlaunchConfig:
+        """Plain attributes; what is not set is not there to be read."""
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        assert config.numAttrs == 0
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        return self._launch(function, *grid, *block, config.sharedMemBytes, config.hStream, parameters, extra)
+
+    def _launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        time.sleep(0)  # another thread may run before the arguments are read
+        assert not parameters
+        values = self._packed(int(extra))
+        if self.context == 0:
+            return (Result.CUDA_ERROR_INVALID_CONTEXT,)
+        self.launches.append(
+            SimpleNamespace(
+                function=function, grid=(gx, gy, gz), block=(bx, by, bz), shared=shared, stream=int(stream), values=values
+            )
+        )
+        return (self._answer("cuLaunchKernelEx"),)
+
+    def _packed(self, address: int) -> list[int | float | bytes]:
+        """The arguments as cuda.h's `extra` has them: (1, buffer, 2, &size, 0), each at its offset."""
+        buffer_key, buffer, size_key, size, end = (ctypes.c_void_p * 5).from_address(address)
+        assert (buffer_key, size_key, end) == (1, 2, None)
+        values = []
+        for p in self.parameters:
+            if p.tensor_map:
+                values.append(ctypes.string_at(buffer + p.offset, 128))
+            else:
+                values.append(_CTYPES.get(p.type, ctypes.c_uint64).from_address(buffer + p.offset).value)
+        assert ctypes.c_size_t.from_address(size).value == max((p.offset + p.size for p in self.parameters), default=0)
+        return values
+
+    def binary(self, *types: str, scratch: int = 2, **changes: object) -> Binary:
+        """A binary with these parameters whose bytes are like no other's, so that no earlier load of it is known."""
+        cubin = os.urandom(64)
+        parameters = [parameter for i, kind in enumerate(types) for parameter in parameters_of(f"p{i}", kind)]
+        parameters += [KernelParameter(name=f"scratch_{i}", type="*u8", size=8, offset=0) for i in range(scratch)]
+        info = {
+            "kernel": "k", "name": "the-kernel", "key": "{}", "arch": "sm_90a", "symbol": "entry",
+            "parameters": placed(changes.pop("parameters", parameters)), "threads": 128, "shared": 5000,
+            "sha256": sha256(cubin).hexdigest(), "size": len(cubin), "source_sha256": "", "triton": "3.9.0", **changes,
+        }  # fmt: skip
+        return Binary(cubin, BinaryInfo(**info))
+
+    def launcher(self, binary: Binary, *arguments: Argument, grid: int = 3) -> Launcher:
+        """A launcher on device 0, whose arguments the driver then reads as this binary's parameters."""
+        self.parameters = binary.info.parameters
+        return Launcher(binary, torch.device("cuda", 0), grid=grid, arguments=arguments)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """The fake driver in the real one's place, and torch's GPU calls answering as for one GPU, device 0, stream 77."""
+    module = FakeDriver()
+    for place in (driver, launch):
+        monkeypatch.setattr(place, "bindings", lambda: module)
+    for name, value in {
+        "current_device": lambda: 0,
+        "current_stream": lambda device=None: None,
+        "device": lambda index: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    return module

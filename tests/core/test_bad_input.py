@@ -9,6 +9,7 @@ import torch
 
 import flashcore
 from flashcore.errors import FlashCoreError
+from flashcore.plan import IMPLS
 from flashcore.spec import MAX_SEQLEN
 
 
@@ -80,7 +81,7 @@ OPTIONS = [
     *(Bad(f"window-{x!r}", {"window": x}, ValueError, ("window:", repr(x), ">= -1")) for x in ((-2, 0), (0, -2), [-5, -5])),
     *(Bad(f"layout-{x!r}", {"layout": x}, ValueError, ("layout:", repr(x), "'bshd' or 'bhsd'")) for x in ("sbhd", None, [1])),
     *(
-        Bad(f"impl-{x!r}", {"impl": x}, ValueError, ("impl:", repr(x), "'auto', 'portable', 'torch'"))
+        Bad(f"impl-{x!r}", {"impl": x}, ValueError, ("impl:", repr(x), ", ".join(map(repr, IMPLS))))
         for x in ("cuda", "", None, [1])
     ),
     Bad("portable-here", {"impl": "portable"}, NotImplementedError, ("portable", "NVIDIA GPU", "TRITON_INTERPRET=1", "cpu")),

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from flashcore.build import compile as compiling
-from flashcore.build import pool, sets
-from flashcore.build.machine_code import disassemble
+from flashcore.build import machine_code, pool, sets
+from flashcore.build.machine_code import disassemble, read_machine_code, read_parameter_places
 from flashcore.build.pool import Outcome, Request, compile_all, compile_one
 from flashcore.errors import CompileError
 from flashcore.kernels.registry import EMPTY, shipped_set
-from flashcore.kernels.specialisation import Specialisation
+from flashcore.kernels.specialisation import Parameter, Specialisation
+from flashcore.runtime import store
+from flashcore.runtime.binary import Binary, BinaryInfo, TensorMapLayout
 from flashcore.sources import PACKAGE, kernel_hash
 
 ELSEWHERE = """
@@ -75,6 +77,9 @@ def test_a_record_says_what_the_binary_is(binaries) -> None:
         assert own == [(p.name, p.type) for p in specialisation.parameters]
         sizes = {"i64": 8, "i32": 4, "fp32": 4}
         assert all(p.size == sizes.get(p.type, 8) for p in info.parameters)
+        ends = [0, *(p.offset + p.size for p in info.parameters)]
+        starts = [end + -end % p.size for p, end in zip(info.parameters, ends, strict=False)]
+        assert [p.offset for p in info.parameters] == starts
         assert info.symbol.encode() in binary.cubin
 
 
@@ -91,6 +96,165 @@ def test_no_path_of_this_machine_is_in_a_binary(binaries) -> None:
         for trace in (str(PACKAGE), "flashcore/kernels", ".py", tempfile.gettempdir(), str(Path.home())):
             assert trace.encode() not in binary.cubin, (binary.info.name, trace)
         assert b".debug_line" not in binary.cubin
+
+
+# The compile worker with the kernels of gluon_kernels.py, which is in the working directory, in the registry.
+GLUON_WORKER = """
+import sys
+from types import SimpleNamespace
+from flashcore.build import worker
+from flashcore.kernels.registry import KERNELS, Kernel
+sys.path.insert(0, "")
+binding = SimpleNamespace(shipped=lambda arch: ("something",) if arch == "sm_90a" else ())
+for name, module in (("copy", "gluon_kernels"), ("product", "gluon_kernels"), ("absent", "no_such_module")):
+    KERNELS[name] = Kernel(name, module, name, ("kernels/empty.py",), binding)
+worker.main()
+"""
+
+
+def _gluon(kernel: str, tile: str, *rest: Parameter, **constants: object) -> Specialisation:
+    parameters = (Parameter("x_desc", f"tensormap<{tile}>"), Parameter("o_desc", f"tensormap<{tile}>"), *rest)
+    return Specialisation(kernel, f"{kernel}-{tile}", parameters, tuple(constants.items()), num_warps=4, num_stages=1)
+
+
+COUNT, ROWS = Parameter("count_ptr", "*i32", 16), Parameter("rows", "i32")
+COPY = _gluon("copy", "fp16[64,128]", COUNT, ROWS, UNUSED=None)
+SMALL_COPY = _gluon("copy", "bf16[16,32]", COUNT, ROWS, UNUSED=None)
+PRODUCT, SERIALISED = (_gluon("product", "fp16[64,64]", PENDING=pending) for pending in (0, 1))
+
+
+def _compile_gluon(folder: Path, *requests: tuple[Specialisation, str]) -> list[Binary | str]:
+    """The binaries, or the errors, of these requests to one worker, whose kernels lie in a folder."""
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("gluon_kernels.py"), folder)
+    outs = [folder / f"{i}.cubin" for i in range(len(requests))]
+    asked = [{"key": s.key, "arch": arch, "out": str(out)} for (s, arch), out in zip(requests, outs, strict=True)]
+    done = subprocess.run(
+        [sys.executable, "-c", GLUON_WORKER],
+        input="".join(json.dumps(request) + "\n" for request in asked),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(requests), done.stderr
+    return [
+        answer.get("error") or Binary(out.read_bytes(), BinaryInfo.model_validate(answer["info"]))
+        for answer, out in zip(answers, outs, strict=True)
+    ]
+
+
+def test_gluon_kernels_with_tensor_maps_are_compiled_reproducibly(tmp_path: Path) -> None:
+    requests = [(COPY, "sm_90a"), (SMALL_COPY, "sm_90a"), (PRODUCT, "sm_90a")]
+    here = _compile_gluon(tmp_path / "here", *requests)
+    elsewhere = _compile_gluon(tmp_path / "a folder elsewhere", *reversed(requests))
+    assert here == elsewhere[::-1]
+    copy, small, product = here
+    own = ["x_desc", "x_desc_shape_0", "x_desc_shape_1", "x_desc_stride_0", "x_desc_stride_1"]
+    own += [name.replace("x", "o") for name in own] + ["count_ptr", "rows", "scratch_0", "scratch_1"]
+    for binary, layout in (
+        # 128 fp16 are more than a swizzled row of 128 bytes: two copies make a tile
+        (copy, TensorMapLayout(element="fp16", box=(64, 64), swizzle=128)),
+        (small, TensorMapLayout(element="bf16", box=(16, 32), swizzle=64)),
+    ):
+        parameters = {p.name: p for p in binary.info.parameters}
+        assert list(parameters) == own
+        assert parameters["x_desc"].tensor_map == parameters["o_desc"].tensor_map == layout
+        sizes = [(p.size, p.tensor_map is None) for p in parameters.values()]
+        described = [(128, False), (4, True), (4, True), (8, True), (8, True)]
+        assert sizes == [*described * 2, (8, True), (4, True), (8, True), (8, True)]
+        # 64-byte aligned where the parameters of sm_90 begin, at 0x210 of the constant memory
+        offsets = [0x30, 0xB0, 0xB4, 0xB8, 0xC0, 0xF0, 0x170, 0x174, 0x178, 0x180, 0x188, 0x190, 0x198, 0x1A0]
+        assert [p.offset for p in parameters.values()] == offsets
+        # the four warps of the kernel and those of its partition
+        assert binary.info.threads > 128
+    assert product.info.threads == 128
+    code = read_machine_code(copy)
+    assert (code.tma_loads, code.tma_stores, code.matrix) == (2, code.tma_stores, {}) and code.tma_stores > 0
+    assert read_machine_code(product).matrix == {"HGMMA": 4}
+
+
+def test_a_gluon_kernel_that_must_not_be_built_is_refused_and_the_worker_lives(tmp_path: Path) -> None:
+    swapped = replace(COPY, parameters=COPY.parameters[::-1])
+    wide = _gluon("copy", "fp32[16,32]", COUNT, ROWS, UNUSED=None)
+    serialised, again, ampere, blackwell, order, element, absent, product = _compile_gluon(
+        tmp_path / "here",
+        (SERIALISED, "sm_90a"),
+        (SERIALISED, "sm_90a"),  # Triton now has the binary in its cache
+        (COPY, "sm_80"),
+        (COPY, "sm_100a"),
+        (swapped, "sm_90a"),
+        (wide, "sm_90a"),
+        (replace(COPY, kernel="absent"), "sm_90a"),
+        (PRODUCT, "sm_90a"),
+    )
+    assert re.search(r"product-fp16.* for sm_90a: ptxas lost performance in 1 places.*C7514.*serialized", serialised)
+    assert again == serialised
+    assert ampere.endswith("for sm_80: copy can be built for sm_90a") and "for sm_100a: copy can be" in blackwell
+    assert "are not in the order of the kernel's arguments" in order
+    assert "a tensor map of fp32 that the compiler describes as" in element
+    assert re.search(r"Triton .* cannot import no_such_module: ModuleNotFoundError", absent)
+    assert product.info.name == PRODUCT.name
+
+
+def test_a_compiler_whose_log_is_not_to_be_had_builds_no_gluon_kernel() -> None:
+    with pytest.raises(CompileError, match="it for sm_90a: ptxas's log is not to be had"):
+        compiling._refuse_lost_performance("", "it for sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "places", "words"),
+    [
+        (".param .u64 x", [(0, 8)], "1 parameters in the PTX for 2"),
+        (".param .u64 .ptr .global .align 16 x, .param .u32 y", [(0, 8), (8, 4)], "y is i64, and in the cubin 4 bytes"),
+        (".param .align 64 .b8 x[128], .param .u64 y", [(0, 128), (128, 8)], "x is .fp16, and in the cubin 128 bytes"),
+        (".param .u64 x, .param .u64 y", [(0, 8), (4, 8)], "y is i64, .* at offset 4, with 8 taken"),
+        (".param .u64 x, .param .u64 y", [(0, 8), (12, 8)], "y is i64, .* at offset 12"),
+        (
+            ".param .u64 x, .param .u64 y",
+            [(0, 8), (8, 4)],
+            r"\[8, 8\] bytes in the PTX, and in the cubin \[\(0, 8\), \(8, 4\)\]",
+        ),
+        (".param .u64 x, .param .u64 y", [(0, 8)], "bytes in the PTX, and in the cubin"),
+    ],
+)
+def test_an_entry_point_that_is_not_as_specified_is_refused(parameters: str, places: list[tuple[int, int]], words: str) -> None:
+    specialisation = replace(EMPTY, parameters=(Parameter("x", "*fp16"), Parameter("y", "i64")))
+    with pytest.raises(CompileError, match=words):
+        compiling._entry_parameters(f".visible .entry it(\n{parameters}\n)", places, specialisation, ())
+
+
+def test_where_parameters_lie_is_read_from_the_cubin(binaries) -> None:
+    info = binaries.half.info
+    assert read_parameter_places(binaries.half.cubin, info.symbol) == [(p.offset, p.size) for p in info.parameters]
+    with pytest.raises(CompileError, match="another: the cubin says nothing of it"):
+        read_parameter_places(binaries.half.cubin, "another")
+    with pytest.raises(CompileError, match=r"cuobjdump .* failed with"):
+        read_parameter_places(b"not a cubin", info.symbol)
+
+
+_ENTRY = "Attribute:\tEIATTR_KPARAM_INFO\n\tValue:\tIndex : 0x0\tOrdinal : 0x{}\tOffset  : 0x{:x}\tSize    : 0x8\n"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        _ENTRY.format(1, 8),  # the first is not there
+        _ENTRY.format(0, 0) * 2,
+        _ENTRY.format(0, 0) + "Attribute:\tEIATTR_KPARAM_INFO\n\tValue:\tin a new format\n",
+    ],
+)
+def test_a_table_of_parameters_that_is_not_understood_is_an_error(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = f".nv.info.other\n{_ENTRY.format(0, 0)}\n\n"
+
+    def read(own: str) -> list[tuple[int, int]]:
+        monkeypatch.setattr(machine_code, "_run", lambda tool, *arguments: f"{other}.nv.info.it\n{own}\n\n{other}")
+        return read_parameter_places(b"", "it")
+
+    assert read(_ENTRY.format(1, 16) + _ENTRY.format(0, 0)) == [(0, 8), (16, 8)]
+    with pytest.raises(CompileError, match="it: cannot read the cubin's table of parameters"):
+        read(table)
 
 
 def _impossible() -> Specialisation:
@@ -205,6 +369,13 @@ def test_a_set_is_compiled_again_when_its_source_changed(small_set, monkeypatch:
     monkeypatch.setattr(sets, "kernel_hash", lambda kernel: "another source")
     sets.build_set("sm_80")
     assert len(small_set) == 2
+
+
+def test_a_set_of_another_schema_is_left_alone(small_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets.build_set("sm_80")
+    for module in (sets, store):
+        monkeypatch.setattr(module, "MANIFEST_SCHEMA", sets.MANIFEST_SCHEMA + 1)
+    assert not sets.build_set("sm_80").failures and len(small_set) == 2
 
 
 def test_a_complete_set_is_shipped_and_an_incomplete_one_is_not(small_set, binaries) -> None:

@@ -13,8 +13,12 @@ from flashcore.build import machine_code
 from flashcore.build.machine_code import MachineCode
 from flashcore.build.sets import BuiltSet
 from flashcore.cli import building
+from flashcore.plan import IMPLS
+from flashcore.sources import kernel_hash
 
-CODE = MachineCode(registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, matrix={}, async_copies=0)
+CODE = MachineCode(
+    registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={}, async_copies=0
+)
 
 
 def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,13 +50,20 @@ def test_explain_prints_the_plan() -> None:
     fields = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert {"device", "impl", "why", "roofline"} <= fields.keys()
     if fields["device"] == "cpu":
-        assert fields["impl"] == "torch" and "NVIDIA GPU" in fields["why"] and fields["rejected"].startswith("portable:")
+        assert fields["impl"] == "torch" and "NVIDIA GPU" in fields["why"]
+        rejected = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("rejected")]
+        assert rejected == [f"{impl}:" for impl in IMPLS[1:-1]]
+
+
+def test_the_help_of_explain_names_every_implementation(run: Run) -> None:
+    help_text = " ".join(run("explain", "--help")[1].split())
+    assert f"{', '.join(IMPLS[:-1])} or {IMPLS[-1]}" in help_text.replace("│ ", "")
 
 
 def test_bad_input_is_one_line_and_exit_2_without_a_traceback() -> None:
     done = _process("explain", "--impl", "cudnn")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == ["error: impl: got 'cudnn'; allowed: 'auto', 'portable', 'torch'"]
+    assert done.stderr.splitlines() == [f"error: impl: got 'cudnn'; allowed: {', '.join(map(repr, IMPLS))}"]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,16 @@ def test_inspect_gate_fails_for_a_limit_and_for_what_does_not_build(run: Run, bu
     built["sm_80"] = replace(built["sm_80"], failures={"another": "ptxas: out of [registers]"})
     code, output, _ = run("inspect", "--arch", "sm_80", "--gate")
     assert code == 1 and "failed to build: another: ptxas: out of [registers]" in output
+
+
+def test_inspect_passes_over_an_arch_that_has_none_of_what_is_asked_for(run: Run, built) -> None:
+    code, output, _ = run("inspect", "--arch", "sm_80,sm_90a", "--only", "*-fp16-d64-none-m128n64w4s3")
+    assert code == 0 and "sm_90a: 0 binaries" in output and "sm_80:" not in output
+
+
+def test_info_names_every_kernel_and_where_it_runs(run: Run) -> None:
+    code, output, _ = run("info")
+    assert code == 0 and f"portable_forward, for every arch, source {kernel_hash('portable_forward')[:16]}" in output
 
 
 def test_inspect_without_the_tools_fails(run: Run, built, monkeypatch: pytest.MonkeyPatch) -> None:

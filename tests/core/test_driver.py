@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -64,6 +65,25 @@ def test_a_driver_without_a_gpu_is_asked_again(install) -> None:
         driver.bindings()
     module = install(lambda flags: (Result.CUDA_SUCCESS,))
     assert driver.bindings() is module
+
+
+def _encode(**changes: object) -> bytes:
+    given = {"shape": (2, 3, 64), "strides": (1 << 33, 0), "element": "fp16", "box": (1, 1, 64), "swizzle": 128, **changes}
+    return driver.encode_tensor_map("k", 1 << 40, **given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver would answer: tests/gpu has that")
+@pytest.mark.parametrize(
+    "changes", [{"element": "fp16"}, {"element": "bf16"}, *({"swizzle": s} for s in (0, 32, 64, 128))], ids=str
+)
+def test_a_tensor_map_is_asked_for_in_words_that_cuda_bindings_knows(changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver the call gets as far as looking for one, which is after its arguments were taken."""
+    real = pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(driver, "bindings", cache(lambda: real))
+    with pytest.raises(TypeError):
+        _encode(**changes, box=("1", 1, 64))
+    with pytest.raises((RuntimeError, DriverError)):
+        _encode(**changes)
 
 
 def test_this_machine_has_a_driver_or_says_what_is_missing() -> None:

@@ -19,6 +19,7 @@ from flashcore.environment import Clocks, Environment, Git, Gpu
 from flashcore.errors import BinaryError
 from flashcore.evidence import Index
 from flashcore.evidence.build import make_index, refusal, slug, unproved
+from flashcore.kernels.registry import BINDINGS, EMPTY, KERNELS, Kernel
 from flashcore.sources import kernel_hash, kernel_hashes
 from flashcore.target import Target
 from flashcore.verify.record import BinaryRecord, VerifyRecord
@@ -67,7 +68,7 @@ def _record(**changes: object) -> VerifyRecord:
 
 
 def test_a_whole_passing_run_on_a_gpu_is_evidence() -> None:
-    assert refusal(_record()) is None
+    assert refusal(_record()) is None and refusal(_record(implementation="ours")) is None
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,8 @@ def test_an_index_is_what_the_records_add_up_to_and_reads_back(tmp_path: Path, m
     _artifact({"flashcore-portable": 8.0, "sdpa-auto": 9.0, "flex": None}).save(folder / "bench-a.json")
     _artifact({"flashcore-portable": 80.0}, dtype="fp32", tflops=700.0).save(folder / "bench-b.json")
     index = make_index(folder)
-    assert (index.gpu, index.arch, index.sources) == ("NVIDIA H200", "sm_90a", kernel_hashes())
+    verified = {kernel: source for kernel, source in kernel_hashes().items() if kernel in ("empty", "portable_forward")}
+    assert (index.gpu, index.arch, index.sources) == ("NVIDIA H200", "sm_90a", verified)
     assert index.verified == {GOOD: ("good", 2)}
     assert (index.peaks.matrix_tflops, index.peaks.copy_tbytes) == ({"fp16": 700.0}, 4.0)
     timing, single = index.timings
@@ -134,6 +136,29 @@ def test_an_index_is_what_the_records_add_up_to_and_reads_back(tmp_path: Path, m
     evidence.indexes.cache_clear()
     assert evidence.indexes() == (index,)
     assert evidence.peaks("NVIDIA H200") == index.peaks and evidence.peaks("NVIDIA L4") is None
+
+
+def _timed(folder: Path, **changed: str) -> dict[str, float]:
+    """What an index takes from a benchmark of other sources than were verified."""
+    (folder / "verify.json").write_text(_record().model_dump_json())
+    times = {"flashcore": 8.0, "flashcore-portable": 8.0, "flashcore-fast": 7.0, "sdpa-auto": 9.0}
+    environment = ENVIRONMENT.model_copy(update={"kernel_sources": {**ENVIRONMENT.kernel_sources, **changed}})
+    _artifact(times).model_copy(update={"environment": environment}).save(folder / "bench-a.json")
+    return make_index(folder).timings[0].us
+
+
+def test_what_was_timed_of_another_source_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"flashcore", "flashcore-portable", "flashcore-fast", "sdpa-auto"}
+    assert _timed(tmp_path).keys() == names
+    assert _timed(tmp_path, portable_forward="0" * 64).keys() == names - {"flashcore", "flashcore-portable"}
+    assert _timed(tmp_path, empty="0" * 64).keys() == names
+    fast = Kernel("fast_forward", "nowhere", "f", ("kernels/empty.py",), SimpleNamespace(KERNEL="fast_forward", IMPL="fast"))
+    monkeypatch.setitem(KERNELS, "fast_forward", fast)
+    monkeypatch.setitem(BINDINGS, "fast", fast.binding)
+    assert _timed(tmp_path, fast_forward="0" * 64).keys() == names - {"flashcore", "flashcore-fast"}
+    # a kernel that the verification has no binary of is not verified, whatever its source was then
+    monkeypatch.setitem(ENVIRONMENT.kernel_sources, "fast_forward", "0" * 64)
+    assert _timed(tmp_path).keys() == names and "fast_forward" not in make_index(tmp_path).sources
 
 
 def test_without_benchmarks_there_are_no_timings(tmp_path: Path) -> None:
@@ -163,14 +188,23 @@ def test_what_is_unproved_is_named() -> None:
     assert unproved(_index(), _built(GOOD)) == []
     (other,) = unproved(_index(), _built(GOOD, BAD))
     assert "k-b" in other and BAD in other and "NVIDIA H200" in other
-    (changed,) = unproved(_index(sources={"portable_forward": "0" * 64}), _built(GOOD))
-    assert "portable_forward: its source changed" in changed
-    (never,) = unproved(_index(sources={}), _built(GOOD))
-    assert "portable_forward" in never
+    others = {kernel: source for kernel, source in kernel_hashes().items() if kernel != "portable_forward"}
+    (changed,) = unproved(_index(sources={**others, "portable_forward": "0" * 64}), _built(GOOD))
+    assert changed == "portable_forward: its source changed since it was verified on NVIDIA H200"
+    (never,) = unproved(_index(sources=others), _built(GOOD))
+    assert never == "portable_forward: was never verified on NVIDIA H200"
     (fails,) = unproved(_index(), _built(GOOD, failures={"k-x": "ptxas: no"}))
     assert fails == "k-x: does not build: ptxas: no"
     # the empty kernel computes nothing that evidence could vouch for
     assert unproved(_index(), _built(BAD, kernel="empty")) == []
+
+
+def test_a_kernel_needs_no_proof_on_an_arch_that_it_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = SimpleNamespace(IMPL="fast", shipped=lambda arch: (EMPTY,) if arch == "sm_90a" else ())
+    monkeypatch.setitem(KERNELS, "fast_forward", Kernel("fast_forward", "nowhere", "f", ("kernels/empty.py",), elsewhere))
+    sources = {kernel: source for kernel, source in kernel_hashes().items() if kernel != "fast_forward"}
+    assert unproved(_index(sources=sources, arch="sm_80"), _built(GOOD)) == []
+    assert unproved(_index(sources=sources), _built(GOOD)) == ["fast_forward: was never verified on NVIDIA H200"]
 
 
 def test_the_state_of_a_binary(h200: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashcore.build import gates, machine_code
+from flashcore.build import control_flow, gates, machine_code
 from flashcore.build.gates import expected_matrix_instruction, violations
 from flashcore.build.machine_code import MachineCode, read_machine_code
 from flashcore.errors import CompileError
 from flashcore.kernels.registry import EMPTY, shipped_set
 from flashcore.kernels.specialisation import Specialisation
 
-GOOD = MachineCode(registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, matrix={"HMMA": 64}, async_copies=8)
+GOOD = MachineCode(
+    registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={"HMMA": 64}, async_copies=8
+)
 
 
 def _named(arch: str, part: str) -> Specialisation:
@@ -81,6 +83,88 @@ def test_a_spill_is_excused_by_name_and_arch_only(monkeypatch: pytest.MonkeyPatc
     assert violations(HALF, "sm_80", spilling) == []
     assert len(violations(HALF, "sm_89", spilling)) == 1
     assert len(violations(HALF, "sm_80", replace(spilling, shared=10**6))) == 1
+
+
+def test_a_spill_in_an_innermost_loop_is_never_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = replace(GOOD, spill_loads=3, spills_in_loops=2)
+    for excuses in ({}, {("sm_80", HALF.name): "5 % faster: out/bench.json"}):
+        monkeypatch.setattr(gates, "SPILL_EXCEPTIONS", excuses)
+        assert violations(HALF, "sm_80", spilling) == ["spills in innermost loops: 2, allowed 0"]
+
+
+def _sass(*lines: str) -> str:
+    """The disassembler's text of instructions, each with the label in front of it, if any: "L_x_0: @P0 LDL R0, [R1]"."""
+    found = []
+    for number, line in enumerate(lines):
+        *label, instruction = line.rsplit(": ", 1)
+        found += [f".{name}:" for name in label]
+        found.append(f"        /*{16 * number:04x}*/  {instruction} ;")
+    return "\n".join([".text.kernel:", *found])
+
+
+LOOP = ("L_x_0: MOV R1, R2", "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24", "LDL R2, [R1]", "@P0 BRA `(.L_x_0)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "spills"),
+    [
+        (LOOP, 1),
+        (("LDL R0, [R1]", *LOOP, "STL [R1], R0", "EXIT"), 1),
+        # of the loop around it, only that is counted which is in the inner one
+        (("L_x_1: LDL R0, [R1]", *LOOP, "STL [R1], R0", "@P1 BRA `(.L_x_1)", "EXIT"), 1),
+        # ... which counts itself where the inner one has no matrix instruction
+        (("L_x_1: LDL R0, [R1]", "HMMA R0, R1", "L_x_2: LDL R3, [R1]", "@P0 BRA `(.L_x_2)", "@P1 BRA `(.L_x_1)", "EXIT"), 2),
+        # no loop, and none with a matrix instruction
+        (("HGMMA R24, R24", "LDL R0, [R1]", "EXIT"), 0),
+        (("L_x_1: LDL R0, [R1]", "@P0 BRA `(.L_x_1)", "HGMMA R24, R24", "EXIT"), 0),
+        # a wait in the loop, which spins behind the code and jumps back from there, over a spill that is in no loop
+        (
+            ("L_x_0: @!P0 BRA `(.L_x_3)", "L_x_4: HGMMA R24, R24", "@P1 BRA `(.L_x_0)", "LDL R2, [R1]", "EXIT",
+             "L_x_3: SYNCS P0", "@!P0 BRA `(.L_x_3)", "BRA `(.L_x_4)"),
+            0,
+        ),
+        # ... and what is spilled there is paid in the loop
+        (
+            ("L_x_0: @!P0 BRA `(.L_x_3)", "L_x_4: HGMMA R24, R24", "@P1 BRA `(.L_x_0)", "EXIT",
+             "L_x_3: SYNCS P0", "@!P0 BRA `(.L_x_3)", "LDL R2, [R1]", "BRA `(.L_x_4)"),
+            1,
+        ),
+        # two ways back to the start
+        (
+            ("L_x_0: @P2 BRA `(.L_x_5)", "HMMA R0, R1", "@P0 BRA `(.L_x_0)", "LDL R2, [R1]", "@P1 BRA `(.L_x_0)",
+             "L_x_5: EXIT"),
+            1,
+        ),
+        # the workers of warp specialisation are sent to their code by an indirect branch
+        (("BRX R2 -0xe660 (*\"BRANCH_TARGETS .L_x_6,.L_x_0\"*)", "L_x_6: LDL R0, [R1]", "EXIT", *LOOP, "EXIT"), 1),
+        # one side of a divergent branch leaves it by BSYNC, which goes to where BSSY said
+        (
+            ("L_x_0: BSSY B0, `(.L_x_7)", "HMMA R0, R1", "@P0 BRA `(.L_x_8)", "LDL R2, [R1]", "BSYNC B0", "L_x_8: LDL R3, [R1]",
+             "BSYNC B0", "L_x_7: @P1 BRA `(.L_x_0)", "LDL R2, [R1]", "EXIT"),
+            2,
+        ),
+    ],
+)  # fmt: skip
+def test_spills_in_innermost_loops_with_matrix_instructions_are_counted(
+    lines: tuple[str, ...], spills: int, binaries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = "REG:40 STACK:16 SHARED:32 LOCAL:0"
+    monkeypatch.setattr(machine_code, "_run", lambda tool, *a: usage if tool == "cuobjdump" else _sass(*lines))
+    code = read_machine_code(binaries.half)
+    assert code.spills_in_loops == spills
+    assert code.spills == sum("LDL" in line or "STL" in line for line in lines)
+
+
+@pytest.mark.parametrize("line", ["@P0 BRA `(.L_x_9)", "BRX R2 -0xe660", "BSYNC B0"])
+def test_code_that_cannot_be_followed_is_an_error(line: str) -> None:
+    with pytest.raises(CompileError, match="cannot follow the code"):
+        control_flow.opcodes_of_innermost_loops(_sass("HMMA R0, R1", line, "EXIT"), ["HMMA"])
+
+
+def test_loops_of_a_real_binary_are_found(binaries) -> None:
+    inside = control_flow.opcodes_of_innermost_loops(machine_code.disassemble(binaries.half), ["HMMA"])
+    all_of_it = read_machine_code(binaries.half).matrix["HMMA"]
+    assert 32 <= inside["HMMA"] <= all_of_it and inside["MUFU"] > 0 and inside["EXIT"] == 0
 
 
 def test_every_excuse_names_a_binary_that_there_is() -> None:

@@ -4,22 +4,30 @@ import ast
 import math
 from collections import Counter
 from functools import cache
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 import torch
 
 import flashcore
+from flashcore.kernels.arguments import Argument, Pointer
+from flashcore.kernels.binding import Binding
 from flashcore.kernels.portable import binding, tuning
 from flashcore.kernels.portable.binding import Features
-from flashcore.kernels.portable.config import SHARED_MEMORY_LIMIT, PortableConfig
-from flashcore.kernels.registry import EMPTY, KERNELS, SHIPPED_ARCHS, shipped_set
+from flashcore.kernels.portable.config import PortableConfig
+from flashcore.kernels.registry import BINDINGS, EMPTY, KERNELS, SHIPPED_ARCHS, Kernel, shipped_set
 from flashcore.kernels.specialisation import Specialisation
 from flashcore.sources import PACKAGE, kernel_hash, kernel_hashes
 from flashcore.spec import AttentionSpec
+from flashcore.target import ARCH_OF_CAPABILITY, SHARED_MEMORY_LIMIT
 
 ARCHS = tuple(SHARED_MEMORY_LIMIT)
 KINDS = ("plain", "causal", "window", "general", "mask", "fp32")
+
+
+def test_every_arch_has_a_limit() -> None:
+    assert set(ARCHS) == set(ARCH_OF_CAPABILITY.values()) and set(SHIPPED_ARCHS) <= set(ARCHS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -178,8 +186,10 @@ def test_arguments_are_the_kernels_in_its_order(make_spec) -> None:
     specialisation = binding.specialise_call(spec, "sm_90a", 132)
     assert [p.name for p in specialisation.parameters] == parameters
     assert sorted(name for name, _ in specialisation.constants) == sorted(constants)
-    values = dict(zip(parameters[len(binding.POINTERS) :], binding.scalars(spec, specialisation), strict=True))
+    values = dict(zip(parameters, binding.arguments(spec, specialisation), strict=True))
     assert values == {
+        "q_ptr": Pointer("q"), "k_ptr": Pointer("k"), "v_ptr": Pointer("v"),
+        "mask_ptr": Pointer("mask"), "o_ptr": Pointer("o"), "lse_ptr": Pointer("lse"),
         "stride_qb": 30 * 6 * 72, "stride_qh": 72, "stride_qs": 6 * 72,
         "stride_kb": 50 * 3 * 72, "stride_kh": 72, "stride_ks": 3 * 72,
         "stride_vb": 50 * 3 * 40, "stride_vh": 40, "stride_vs": 3 * 40,
@@ -190,11 +200,15 @@ def test_arguments_are_the_kernels_in_its_order(make_spec) -> None:
     }  # fmt: skip
 
 
-def test_scalars_of_a_plain_call(make_spec) -> None:
-    spec = make_spec(2, 4, 4, 30, 50, 64, layout="bhsd")
+def _values(spec: AttentionSpec) -> dict[str, Argument]:
+    """The arguments of a call by the names of the parameters."""
     specialisation = binding.specialise_call(spec, "sm_90a", 132)
-    names = [p.name for p in specialisation.parameters[len(binding.POINTERS) :]]
-    values = dict(zip(names, binding.scalars(spec, specialisation), strict=True))
+    names = [parameter.name for parameter in specialisation.parameters]
+    return dict(zip(names, binding.arguments(spec, specialisation), strict=True))
+
+
+def test_scalars_of_a_plain_call(make_spec) -> None:
+    values = _values(make_spec(2, 4, 4, 30, 50, 64, layout="bhsd"))
     assert (values["stride_ob"], values["stride_oh"], values["stride_os"]) == (4 * 30 * 64, 30 * 64, 64)
     assert values["band_lo"] <= -50 and values["band_hi"] >= 50 and values["store_lse"] == 0
     assert values["stride_mq"] == values["stride_mk"] == 0
@@ -205,9 +219,8 @@ def test_scalars_of_a_plain_call(make_spec) -> None:
 def test_a_window_wider_than_32_bits_is_unlimited_and_fits(make_spec) -> None:
     spec = make_spec(seqlen_q=4, seqlen_k=4, window=(2**40, 2**40))
     assert spec.band.lo is None and spec.band.hi is None
-    spec = make_spec(1, 1, 1, 4, 2000, window=(2, 2**40))
-    specialisation = binding.specialise_call(spec, "sm_90a", 132)
-    assert all(-(2**31) <= value < 2**31 for value in binding.scalars(spec, specialisation)[16:])
+    values = _values(make_spec(1, 1, 1, 4, 2000, window=(2, 2**40)))
+    assert all(-(2**31) <= values[name] < 2**31 for name in (*binding.INTEGERS, "store_lse"))
 
 
 def test_divisors_promised_to_the_compiler_hold(make_spec) -> None:
@@ -215,11 +228,11 @@ def test_divisors_promised_to_the_compiler_hold(make_spec) -> None:
     for options in ({}, {"head_dim": 72}, {"mask": mask}, {"dtype": torch.float32}, {"offset": 1}, {"head_dim": 63}):
         spec = make_spec(**options)
         specialisation = binding.specialise_call(spec, "sm_90a", 132)
-        scalars = specialisation.parameters[len(binding.POINTERS) :]
-        for parameter, value in zip(scalars, binding.scalars(spec, specialisation), strict=True):
-            assert value % parameter.divisor == 0 or parameter.divisor == 1, (options, parameter)
-        pointers = {p.name: p.divisor for p in specialisation.parameters[: len(binding.POINTERS)]}
-        assert pointers["mask_ptr"] == 1 and (pointers["q_ptr"] == 16) == spec.aligned
+        for parameter, value in zip(specialisation.parameters, binding.arguments(spec, specialisation), strict=True):
+            if isinstance(value, int):
+                assert value % parameter.divisor == 0, (options, parameter)
+        divisors = {p.name: p.divisor for p in specialisation.parameters}
+        assert divisors["mask_ptr"] == 1 and (divisors["q_ptr"] == 16) == spec.aligned
 
 
 def test_the_grid_covers_every_row_once(make_spec) -> None:
@@ -227,8 +240,8 @@ def test_the_grid_covers_every_row_once(make_spec) -> None:
         spec = make_spec(2, 6, 3, length, 50)
         specialisation = binding.specialise_call(spec, "sm_90a", 132)
         block_m = dict(specialisation.constants)["BLOCK_M"]
-        assert binding.grid(spec, specialisation) == math.ceil(length / block_m) * 12
-    assert binding.grid(make_spec(0), specialisation) == 0
+        assert binding.grid(spec, specialisation, 132) == math.ceil(length / block_m) * 12
+    assert binding.grid(make_spec(0), specialisation, 132) == 0
 
 
 def test_hashes_are_of_the_sources_and_change_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +263,34 @@ def test_hashes_are_of_the_sources_and_change_with_them(tmp_path: Path, monkeypa
         kernel_hash.cache_clear()
 
 
-def test_the_version_is_the_packages() -> None:
-    from importlib.metadata import version
+def _imports(module: str) -> set[str]:
+    """The files of FlashCore that a module is made of, itself included, as `Kernel.sources` names them."""
+    source = f"{module.removeprefix('flashcore.').replace('.', '/')}.py"
+    found = {source}
+    for node in ast.walk(ast.parse((PACKAGE / source).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashcore"):
+            found |= _imports(node.module)
+    return found
 
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_the_sources_of_a_kernel_are_all_that_its_module_imports(kernel: Kernel) -> None:
+    assert set(kernel.sources) == _imports(kernel.module) and len(set(kernel.sources)) == len(kernel.sources)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_a_kernel_for_one_triton_is_for_the_one_that_builds_wheels(kernel: Kernel) -> None:
+    assert kernel.triton is None or any(wanted.startswith(f"triton=={kernel.triton}") for wanted in requires("flashcore"))
+
+
+@pytest.mark.parametrize(("impl", "binding"), BINDINGS.items(), ids=BINDINGS)
+def test_a_binding_and_its_kernel_name_each_other(impl: str, binding: Binding) -> None:
+    assert impl == binding.IMPL and KERNELS[binding.KERNEL].binding is binding
+    for arch in KERNELS[binding.KERNEL].archs:
+        for specialisation in binding.shipped(arch):
+            assert specialisation.kernel == binding.KERNEL
+            assert binding.matrix_instruction(specialisation, arch) in (None, "HMMA", "HGMMA", "UTCHMMA")
+
+
+def test_the_version_is_the_packages() -> None:
     assert flashcore.__version__ == version("flashcore")

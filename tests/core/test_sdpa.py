@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import flashcore
+from flashcore.kernels.registry import BINDINGS
 
 
 def _qkv(*, heads_k: int = 4, seqlen_q: int = 5, seqlen_k: int = 7, dim: int = 8, dtype: torch.dtype = torch.float32):
@@ -73,7 +74,7 @@ def test_what_is_torchs_alone_goes_to_torch_and_the_plan_says_so(name: str) -> N
     _same(tensors, **options)
     plan = flashcore.explain_sdpa(*tensors, **options)
     assert plan.impl == "torch" and words in plan.reason
-    assert [impl for impl, why in plan.rejected if words in why] == ["portable"]
+    assert [impl for impl, why in plan.rejected if words in why] == list(BINDINGS)
 
 
 def test_dropout_drops_as_often_as_asked() -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashcore.kernels.portable import binding as portable
 from flashcore.spec import AttentionSpec, Band, Options
 from flashcore.torch_backend import band_mask
 
@@ -93,6 +94,25 @@ def test_aligned_means_that_every_pointer_stride_and_head_dim_allows_16_byte_loa
         assert _spec(plain, plain, t).aligned == aligned
     t = torch.zeros(2, 5, 4, 76)  # of float32, 4
     assert _spec(t, t, t).aligned
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("stride", [0, 1, 7, 2**45 + 1])
+def test_a_stride_that_nothing_is_ever_multiplied_by_is_0(layout: str, stride: int) -> None:
+    """PyTorch keeps whatever stride a dimension of one element, or of none, happens to have."""
+    storage = torch.zeros(4096, dtype=torch.float16)
+    one_second = torch.as_strided(storage, (1, 1, 4, 64), (256, stride, 64, 1))
+    one_each = torch.as_strided(storage, (1, 1, 1, 64), (stride, stride, stride, 1))
+    assert one_second.stride(1) == one_each.stride(0) == one_each.stride(2) == stride
+    spec = _spec(one_second, one_each, one_each, layout=layout)
+    q_strides = (0, 64, 0) if layout == "bshd" else (0, 0, 64)
+    assert (spec.aligned, spec.q_strides, spec.k_strides, spec.v_strides) == (True, q_strides, (0, 0, 0), (0, 0, 0))
+    specialisation = portable.specialise_call(spec, "sm_90a", 132)
+    arguments = portable.arguments(spec, specialisation)
+    for parameter, argument in zip(specialisation.parameters, arguments, strict=True):
+        assert not isinstance(argument, int) or argument % parameter.divisor == 0, parameter
+    nothing = torch.as_strided(storage, (0, 5, 4, 64), (stride, 256, 64, 1))
+    assert _spec(nothing, nothing, nothing).aligned
 
 
 def test_contiguous_last_looks_at_each_tensor_and_forgives_a_single_element() -> None:

@@ -71,7 +71,7 @@ def test_compiled_on_demand_then_cached(compiled, binaries, cache_dir: Path) -> 
 
 
 @pytest.mark.usefixtures("_no_warnings")
-def test_each_arch_source_and_triton_has_an_entry_of_its_own(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_arch_source_triton_and_schema_has_an_entry_of_its_own(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     _obtain()
     hopper = Target(name="H200", arch="sm_90a", capability=(9, 0), sm_count=132, interpreted=False)
     assert store.obtain(EMPTY, hopper).info.arch == "sm_90a"
@@ -79,7 +79,9 @@ def test_each_arch_source_and_triton_has_an_entry_of_its_own(compiled, monkeypat
     _obtain()
     monkeypatch.setattr(store, "kernel_hash", lambda kernel: "another source")
     _obtain()
-    assert compiled == ["sm_80", "sm_90a", "sm_80", "sm_80"]
+    monkeypatch.setattr(store, "MANIFEST_SCHEMA", 99)
+    _obtain()
+    assert compiled == ["sm_80", "sm_90a", "sm_80", "sm_80", "sm_80"]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +200,8 @@ def test_a_damaged_manifest_is_an_error_that_names_it(content: bytes, shipped: P
 
 def test_a_manifest_of_another_schema_is_an_error(shipped: Path) -> None:
     manifest = json.loads((shipped / "manifest.json").read_text())
-    (shipped / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2}))
-    with pytest.raises(BinaryError, match="schema 2; this FlashCore reads 1"):
+    (shipped / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
+    with pytest.raises(BinaryError, match=f"schema 1; this FlashCore reads {store.MANIFEST_SCHEMA}"):
         _obtain()
 
 

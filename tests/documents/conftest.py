@@ -19,7 +19,14 @@ from flashcore.kernels.registry import KERNELS
 from flashcore.sources import kernel_hashes
 from flashcore.verify.record import BinaryRecord, CaseRecord, Error, VerifyRecord
 
-MEDIANS = {"flashcore": 8.0, "flashcore-portable": 5.0, "sdpa-flash": 10.0, "sdpa-cudnn": 9.0, "unfused": 123.0}
+MEDIANS = {
+    "flashcore": 8.0,
+    "flashcore-hopper": 4.5,
+    "flashcore-portable": 5.0,
+    "sdpa-flash": 10.0,
+    "sdpa-cudnn": 9.0,
+    "unfused": 123.0,
+}
 
 
 def environment() -> Environment:
@@ -59,14 +66,14 @@ def _series(median: float) -> list[SeriesRecord]:
     return [SeriesRecord.of(series).model_copy(update={"ratio": ratio}) for series in modes]
 
 
-def _artifact(shapes: tuple[Shape, ...]) -> Artifact:
+def _artifact(shapes: tuple[Shape, ...], grid: str | None = None) -> Artifact:
     timed = [
         ContenderRecord(name=name, kind="ours" if name.startswith("flashcore") else "sdpa", status="timed", series=_series(us))
         for name, us in MEDIANS.items()
     ]
     return Artifact(
         environment=environment(),
-        settings=Settings(iters=100, warmup=20, seed=0, eager=True, cold=True, grid=None, samples={}),
+        settings=Settings(iters=100, warmup=20, seed=0, eager=True, cold=True, grid=grid, samples={}),
         peaks=Peaks(copy_bytes=2**31, copy_tbytes=4.0, matrix_size=8192, matrix_tflops={"fp16": 650.0}),
         shapes=[
             ShapeRecord(
@@ -82,19 +89,20 @@ def _artifact(shapes: tuple[Shape, ...]) -> Artifact:
     )
 
 
-def _case(name: str, verdict: str, error: float) -> CaseRecord:
+def _case(name: str, verdict: str, error: float, implementation: str = "portable") -> CaseRecord:
     return CaseRecord.model_validate(
         {
             "name": name,
+            "implementation": implementation,
             "verdict": verdict,
             "reason": "" if verdict == "passed" else f"{name} is {verdict}",
             "output": Error(max_abs=error, mean_abs=error, bound=1.0),
             "lse": None,
             "bitwise_equal": True,
-            "impl": "portable",
-            "kernel": "portable_forward",
+            "impl": implementation,
+            "kernel": f"{implementation}_forward",
             "specialisation": "one",
-            "binary_sha256": "1" * 64,
+            "binary_sha256": None if verdict == "rejected" else {"portable": "1", "hopper": "2"}[implementation] * 64,
             "seconds": 0.1,
         }
     )
@@ -106,18 +114,23 @@ def _verify_record() -> VerifyRecord:
         _case("mask-bool", "passed", 0.125),
         _case("mask-add", "failed", 1.5),
         _case("far-batch", "skipped", 0.0),
+        _case("mission-seed0", "passed", 0.5, "hopper"),
+        _case("mask-bool", "rejected", 0.0, "hopper"),
+        _case("mask-add", "rejected", 0.0, "hopper"),
+        _case("far-batch", "passed", 0.25, "hopper"),
     )
     return VerifyRecord(
         schema_version=1,
         environment=environment(),
-        implementation="portable",
+        implementation="ours",
         device="NVIDIA H200",
         interpreted=False,
         suite="all",
         only=None,
-        passed=2,
+        passed=4,
         failed=1,
         skipped=1,
+        rejected=2,
         binaries={"1" * 64: BinaryRecord(kernel="portable_forward", specialisation="one", passed=("mask-bool",), failed=())},
         cases=cases,
     )
@@ -158,7 +171,7 @@ def record(checkout: Path) -> Callable[[], Path]:
         folder.mkdir()
         _artifact((NAMED_SHAPES["mission"],)).save(folder / "bench-mission.json")
         _artifact(GRIDS["small"]).save(folder / "bench-small.json")
-        _artifact(GRIDS["fa"][:4]).save(folder / "bench-fa.json")
+        _artifact(GRIDS["fa"][:4], "fa").save(folder / "bench-fa.json")
         _artifact(GRIDS["decode"]).save(folder / "bench-decode.json")
         _artifact(GRIDS["features"]).save(folder / "bench-features.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())

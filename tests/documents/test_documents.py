@@ -59,11 +59,13 @@ def test_a_grid_is_one_short_row_a_shape(name: str, shapes: int, record: Record)
     record()
     text = BLOCKS[name]()
     rows = _rows(text)
-    assert rows["shape"][:4] == ["flashcore", "flashcore-portable", "sdpa-flash", "sdpa-cudnn"]
+    assert rows["shape"][:5] == ["flashcore", "flashcore-hopper", "flashcore-portable", "sdpa-flash", "sdpa-cudnn"]
     assert len(rows) == shapes + 2  # the header and the line under it
     assert "unfused" not in text and "device_cold" not in text
     # flash takes 10 us and ours 5 on every shape
     assert f"2.00 (least 2.00, most 2.00) times as fast as sdpa-flash: geometric mean of {shapes} shapes" in text
+    # and cuDNN 9 us and the kernel for Hopper 4.5
+    assert f"flashcore-hopper is 2.00 (least 2.00, most 2.00) times as fast as sdpa-cudnn: geometric mean of {shapes}" in text
 
 
 def test_the_full_grid_leaves_nothing_out(record: Record) -> None:
@@ -72,15 +74,52 @@ def test_the_full_grid_leaves_nothing_out(record: Record) -> None:
     assert "unfused" in text and "device_cold" in text
 
 
-def test_verification_counts_by_group_and_lists_what_did_not_pass(record: Record) -> None:
+def test_verification_counts_by_kernel_and_group_and_lists_what_did_not_pass(record: Record) -> None:
     record()
+    portable, hopper = BLOCKS["verify"]().split("**hopper on NVIDIA H200, suite all**")
+    rows = _rows(portable)
+    assert rows["cases"] == ["passed", "failed", "skipped", "rejected", "largest error / its bound"]
+    assert rows["the 15 of the mission"] == ["1", "0", "0", "0", "0.25"]
+    assert rows["mask"] == ["1", "1", "0", "0", "1.50"]
+    assert rows["far"] == ["0", "0", "1", "0", "0.00"]
+    assert rows["all"] == ["2", "1", "1", "0", "1.50"]
+    assert "- failed: mask-add: mask-add is failed" in portable and "- skipped: far-batch" in portable
+    rows = _rows(hopper)
+    assert rows["far"] == ["1", "0", "0", "0", "0.25"] and "mask" not in rows
+    assert rows["all"] == ["2", "0", "0", "2", "0.50"]
+    assert "- hopper rejected 1: mask-add is rejected" in hopper and "- 1 binaries of hopper ran" in hopper
+
+
+def test_a_record_from_when_there_was_one_kernel_can_be_read(record: Record) -> None:
+    path = record() / "verify.json"
+    old = json.loads(path.read_text())
+    del old["rejected"]
+    old["cases"] = [case for case in old["cases"] if case["implementation"] == "portable"]
+    for case in old["cases"]:
+        del case["implementation"]
+    path.write_text(json.dumps(old | {"implementation": "portable"}))
     text = BLOCKS["verify"]()
-    rows = _rows(text)
-    assert rows["the 15 of the mission"] == ["1", "0", "0", "0.25"]
-    assert rows["mask"] == ["1", "1", "0", "1.50"]
-    assert rows["far"] == ["0", "0", "1", "0.00"]
-    assert rows["all"] == ["2", "1", "1", "1.50"]
-    assert "- failed: mask-add: mask-add is failed" in text and "- skipped: far-batch" in text
+    assert "**portable on NVIDIA H200, suite all**" in text and "hopper" not in text
+
+
+def test_the_bar_stands_beside_what_was_measured(record: Record) -> None:
+    record()
+    rows = _rows(BLOCKS["bar"]())
+    # cuDNN takes 9 us and ours 4.5 on every shape; a length of 2048 is no cell of the bar
+    assert rows["32,32,512,64 fp16"][:2] == ["1.02", "2.000 [2.000, 2.000]"]
+    assert rows["32,32,512,64 fp16"][3] == "met, in one order"
+    assert rows["8,32,2048,64 fp16"][0] == rows["8,32,2048,64 fp16"][3] == "-"
+    # four of the grid's shapes make no mean of 24 cells
+    assert rows["geometric mean of the bar's 24 cells"][:4] == ["1.10", "-", "-", "not timed"]
+
+
+def test_a_grid_without_the_kernel_misses_no_cell_silently(record: Record) -> None:
+    path = record() / "bench-fa.json"
+    artifact = json.loads(path.read_text())
+    for shape in artifact["shapes"]:
+        shape["contenders"] = [c for c in shape["contenders"] if c["name"] != "flashcore-hopper"]
+    path.write_text(json.dumps(artifact))
+    assert _rows(BLOCKS["bar"]())["32,32,512,64 fp16"][:4] == ["1.02", "-", "-", "not timed"]
 
 
 def test_launch(record: Record) -> None:

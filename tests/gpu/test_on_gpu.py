@@ -111,4 +111,4 @@ def test_a_binary_of_another_arch_is_refused_by_name() -> None:
     pytest.importorskip("triton")
     binary = compile_one(EMPTY, wrong)
     with pytest.raises(flashcore.FlashCoreError, match=f"{wrong}.*refused"):
-        Launcher(binary, torch.device("cuda"), grid=1, pointers=0, scalars=())
+        Launcher(binary, torch.device("cuda"), grid=1, arguments=())

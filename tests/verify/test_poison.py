@@ -63,9 +63,9 @@ def test_it_does_not_change_what_sdpa_runs_on_a_gpu(dtype: torch.dtype, causal: 
 def test_an_unwritten_row_is_caught_even_after_a_right_run_of_the_same_shape() -> None:
     case = mission_cases()[3]
     # The allocator hands a right result's memory to the next call: without poison the row would hold the right answer.
-    assert run_case(case, implementation(None), CPU).verdict == "passed"
-    result = run_case(case, implementation(Mutation.UNWRITTEN_ROW), CPU)
-    assert result.verdict == "failed" and "never written" in result.reason
+    right, wrong = run_case(case, [implementation(None), implementation(Mutation.UNWRITTEN_ROW)], CPU)
+    assert right.verdict == "passed"
+    assert wrong.verdict == "failed" and "never written" in wrong.reason
 
 
 def test_an_unwritten_lse_is_caught() -> None:
@@ -73,5 +73,5 @@ def test_an_unwritten_lse_is_caught() -> None:
         o, lse = tiled_attention(*args, **kwargs)
         return o, torch.empty_like(lse)
 
-    result = run_case(mission_cases()[0], Implementation("forgets lse", forgets_lse), CPU)
+    (result,) = run_case(mission_cases()[0], [Implementation("forgets lse", forgets_lse)], CPU)
     assert result.verdict == "failed" and result.reason.startswith("lse: not finite")

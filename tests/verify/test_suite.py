@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashcore.errors import ArgumentValueError
+from flashcore.errors import ArgumentValueError, UnsupportedError
+from flashcore.kernels.registry import BINDINGS
 from flashcore.verify.cases import Case, MaskCase, mission_cases, select
 from flashcore.verify.inputs import build
-from flashcore.verify.mutations import Mutation, implementation, run_mutations, tiled_attention
+from flashcore.verify.mutations import INSIDE, Mutation, implementation, run_mutations, tiled_attention
+from flashcore.verify.subject import flashcore_implementations
 from flashcore.verify.suite import Implementation, prepare, run_case, run_suite
 from flashcore.verify.watchdog import EXIT_CODE
 
@@ -20,7 +22,7 @@ TINY = mission_cases()[0]
 
 
 def _result(function, case: Case = TINY):
-    return run_case(case, Implementation("stand-in", function), CPU)
+    return run_case(case, [Implementation("stand-in", function)], CPU)[0]
 
 
 def test_the_mission_has_its_fifteen_cases() -> None:
@@ -39,7 +41,7 @@ def test_the_mission_has_its_fifteen_cases() -> None:
 def test_names_are_unique_and_selectable() -> None:
     cases = select("all")
     assert max(Counter(case.name for case in cases).values()) == 1
-    assert len(cases) == sum(len(select(suite)) for suite in ("mission", "edge", "shipped"))
+    assert len(cases) == sum(len(select(suite)) for suite in ("mission", "edge", "tile", "shipped"))
     assert [case.name for case in select("all", "tiny-seed0")] == ["tiny-seed0"]
     with pytest.raises(ArgumentValueError, match="matches none"):
         select("mission", "mask-*")
@@ -100,7 +102,7 @@ def test_a_case_with_no_dead_key_is_refused() -> None:
 
 
 def test_the_right_implementation_passes_every_case_it_can_run() -> None:
-    results = list(run_suite(select("all"), implementation(None), CPU))
+    results = list(run_suite(select("all"), [implementation(None)], CPU))
     assert [f"{r.case.name}: {r.reason}" for r in results if r.verdict == "failed"] == []
     skipped = {r.case.name for r in results if r.verdict == "skipped"}
     assert skipped == {c.name for c in select("all") if c.entry == "sdpa" or c.needs_bytes}
@@ -112,9 +114,9 @@ def test_each_mutation_fails_the_mission_suite_and_the_right_one_passes() -> Non
     assert set(by_mutation) == {None, *Mutation}
     assert all(result.as_it_should_be for result in by_mutation.values())
     assert by_mutation[None].failed == ()
-    # One tile of keys has nothing to rescale, so the smallest shape is the only one that may miss that.
+    # One tile of keys has nothing to rescale and no second tile, so the smallest shape is the only one that may miss that.
     for mutation in Mutation:
-        missed = 3 if mutation is Mutation.DROPPED_RESCALE else 0
+        missed = 3 if mutation in INSIDE else 0
         assert len(by_mutation[mutation].failed) == 15 - missed, mutation
 
 
@@ -127,9 +129,69 @@ def test_a_case_that_raises_fails_with_the_words_and_the_rest_goes_on() -> None:
             raise RuntimeError("illegal memory access")
         return tiled_attention(q, k, v, **options)
 
-    results = list(run_suite(mission_cases()[:7], Implementation("sometimes", sometimes), CPU))
+    results = list(run_suite(mission_cases()[:7], [Implementation("sometimes", sometimes)], CPU))
     assert [r.verdict for r in results] == ["passed"] * 3 + ["failed"] * 3 + ["passed"]
     assert "RuntimeError: illegal memory access" in results[3].reason and "test_suite.py" in results[3].reason
+
+
+def test_a_mutated_kernel_fails_and_the_cases_it_does_not_take_are_left_out() -> None:
+    right = Implementation("kernel", tiled_attention, reject=lambda case, inputs: "no" if case.seed else None)
+    by_mutation = {result.mutation: result for result in run_mutations(mission_cases()[6:9], CPU, right)}
+    assert all(result.as_it_should_be and result.cases == 1 for result in by_mutation.values())
+    outside = by_mutation[Mutation.SCALED_OUTPUT].failed[0]
+    assert outside.implementation == "kernel, the output scaled by 0.95"
+    # of its own inside, a kernel can be asked nothing: those mistakes are made in the tiled one
+    assert by_mutation[Mutation.STALE_TILE].failed[0].implementation.startswith("tiled")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("impl", BINDINGS)
+def test_a_mutated_kernel_of_ours_fails_on_a_gpu(impl: str) -> None:
+    (kernel,) = flashcore_implementations(impl)
+    results = list(run_mutations(mission_cases(), torch.device("cuda", 0), kernel))
+    if not results[0].cases:
+        pytest.skip(f"{impl} runs on no such GPU")
+    assert [result.mutation for result in results if not result.as_it_should_be] == []
+
+
+def test_each_case_runs_under_every_implementation_that_takes_it() -> None:
+    calls = []
+
+    def kernel(name: str):
+        def attention(q, k, v, **options):
+            calls.append((name, q.shape[1]))
+            return tiled_attention(q, k, v, **options)
+
+        return attention
+
+    def no_more_than_32_rows(case, inputs):
+        return "takes 32 rows at most" if inputs.q.shape[1] > 32 else None
+
+    picky = Implementation("picky", kernel("picky"), reject=no_more_than_32_rows)
+    results = list(run_suite([TINY, mission_cases()[3]], [picky, Implementation("any", kernel("any"))], CPU))
+    assert [(r.case.name, r.implementation, r.verdict, r.reason) for r in results] == [
+        ("tiny-seed0", "picky", "passed", ""),
+        ("tiny-seed0", "any", "passed", ""),
+        ("small-seed0", "picky", "rejected", "takes 32 rows at most"),
+        ("small-seed0", "any", "passed", ""),
+    ]
+    assert ("picky", 64) not in calls and {("picky", 32), ("any", 32), ("any", 64)} == set(calls)
+
+
+def test_a_kernel_that_takes_a_case_and_then_refuses_it_has_failed() -> None:
+    def refuses(q, k, v, **options):
+        raise UnsupportedError("impl 'hopper': has no binary for this")
+
+    assert _result(refuses).verdict == "failed"
+
+
+def test_a_rejection_that_breaks_is_a_failure() -> None:
+    def broken(case, inputs):
+        raise KeyError("head_dim")
+
+    (result,) = run_case(TINY, [Implementation("broken", tiled_attention, reject=broken)], CPU)
+    assert result.verdict == "failed" and "KeyError" in result.reason
 
 
 def test_runs_that_differ_fail() -> None:

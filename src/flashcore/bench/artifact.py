@@ -32,12 +32,16 @@ class _Record(BaseModel):
 
 
 class SeriesRecord(_Record):
-    """One series (see bench/timing.py for the modes), in microseconds per launch or call; `ratio` to the baseline's."""
+    """One series (see bench/timing.py for the modes), in microseconds per launch or call; `ratio` to the baseline's.
+
+    to_first: of "device_reversed", its median over that of "device_warm".
+    """
 
     mode: Mode
     launches_per_sample: int
     stats: Stats
     ratio: Ratio | None = None
+    to_first: float | None = None
     samples: list[float]
 
     @classmethod
@@ -89,6 +93,7 @@ class Settings(_Record):
     seed: int
     eager: bool
     cold: bool
+    retime: bool = False
     grid: str | None
     direction: Literal["fwd"] = "fwd"
     samples: dict[str, str]

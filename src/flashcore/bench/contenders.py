@@ -11,19 +11,25 @@ from flashcore.bench.contender import Attention, Contender
 from flashcore.bench.inputs import Inputs
 from flashcore.bench.library_contenders import library_contenders
 from flashcore.bench.torch_contenders import torch_contenders
-from flashcore.errors import ArgumentValueError
-from flashcore.target import Target
+from flashcore.errors import ArgumentValueError, UnsupportedError
+from flashcore.kernels.registry import BINDINGS
 
 if TYPE_CHECKING:
     from flashcore.plan import Plan
 
-# What a grid leaves out unless it is named: FlexAttention compiles for every shape, and at 16k tokens whatever writes
-# its scores to memory takes most of the run. Each is listed with the reason.
-GRID_LEAVES_OUT: dict[str, tuple[str, ...]] = {
-    "small": ("flex",),
-    "fa": ("sdpa-math", "flex", "unfused"),
-    "decode": ("flex",),
-    "features": ("flex", "sdpa-math", "unfused"),
+_COMPILES = "it compiles anew for every shape"
+_SCORES = "its scores go through memory, which would take most of the run"
+# What a grid leaves out unless it is named, and why.
+GRID_LEAVES_OUT: dict[str, dict[str, str]] = {
+    "small": {"flex": _COMPILES},
+    "fa": {
+        "sdpa-math": _SCORES,
+        "flex": _COMPILES,
+        "unfused": _SCORES,
+        "sdpa-efficient": "by far the slowest of the fused backends here, it would take the most of the run",
+    },
+    "decode": {"flex": _COMPILES},
+    "features": {"flex": _COMPILES, "sdpa-math": _SCORES, "unfused": _SCORES},
 }
 
 
@@ -31,7 +37,7 @@ def contenders() -> dict[str, Contender]:
     """Every contender by name, whether or not this machine has it."""
     every = (
         _ours("flashcore", "auto"),
-        _ours("flashcore-portable", "portable"),
+        *(_ours(f"flashcore-{impl}", impl) for impl in BINDINGS),
         *torch_contenders(),
         *library_contenders(),
     )
@@ -49,8 +55,8 @@ def select(names: Sequence[str], grid: str | None) -> tuple[list[Contender], dic
         raise ArgumentValueError(f"impl: {', '.join(unknown)} is unknown; allowed: {', '.join(every)}")
     if names:
         return [every[name] for name in dict.fromkeys(names)], {}
-    left_out = GRID_LEAVES_OUT.get(grid or "", ())
-    reasons = {name: f"left out of the grid; ask for it with --impl {name}" for name in left_out}
+    left_out = GRID_LEAVES_OUT.get(grid or "", {})
+    reasons = {name: f"left out of the grid: {why}; ask for it with --impl {name}" for name, why in left_out.items()}
     return [contender for contender in every.values() if contender.name not in reasons], reasons
 
 
@@ -67,10 +73,13 @@ def _prepare_ours(impl: str, inputs: Inputs) -> Attention:
 
 
 def _ours_unavailable(impl: str, inputs: Inputs) -> str | None:
-    target = Target.of(inputs.q.device)
-    if inputs.q.device.type == "cpu" and (impl != "auto" or _plan(impl, inputs).interpreted):
-        return "interpreted: on a CPU Triton's interpreter runs this kernel, and its time would say nothing about it"
-    return "interpreted: TRITON_INTERPRET is set" if target.interpreted and impl != "auto" else None
+    try:
+        plan = _plan(impl, inputs)
+    except UnsupportedError as error:
+        return str(error)
+    if plan.interpreted:
+        return "interpreted: Triton's interpreter runs this kernel, and its time would say nothing about it"
+    return None
 
 
 def _plan(impl: str, inputs: Inputs) -> Plan:

@@ -8,10 +8,11 @@ from flashcore.bench.view import View, views
 
 def to_markdown(artifact: Artifact) -> str:
     """Every table of the artifact as GitHub Markdown, each with its title and its notes; ends with a newline."""
-    return "\n".join(_one(view) for view in views(artifact))
+    return "\n".join(view_to_markdown(view) for view in views(artifact))
 
 
-def _one(view: View) -> str:
+def view_to_markdown(view: View) -> str:
+    """One table with its title and its notes."""
     lines = [
         f"**{_cell(view.title)}**",
         "",

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 3
 OURS = "#1b7f4d"
+# Ours share a colour; the ones by name differ from auto by these.
+DASHES = {"flashcore-portable": "--", "flashcore-hopper": ":"}
+HATCHES = {"flashcore-portable": "//", "flashcore-hopper": ".."}
 FLOOR = "#b0b0b0"
 PEERS = ("#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd", "#ccb974", "#55606e")
 
@@ -100,9 +103,8 @@ def _lines(axes: Axes, artifact: Artifact, records: list[ShapeRecord]) -> None:
     unit = unit_of(records)
     for name, colour in _colours(artifact, records).items():
         points = [(n, rate(records[n], series.stats.p50, unit)) for n, series in _timed(artifact, records, name)]
-        dashes = "--" if name == "flashcore-portable" else "-"
         width = 2.5 if name.startswith("flashcore") else 1.5
-        axes.plot(*zip(*points, strict=True), dashes, marker="o", label=name, color=colour, linewidth=width)
+        axes.plot(*zip(*points, strict=True), DASHES.get(name, "-"), marker="o", label=name, color=colour, linewidth=width)
     axes.set_xticks(range(len(records)), [str(record.shape.seqlen_k) for record in records])
     axes.set_xlabel("keys")
     axes.set_ylabel(unit)
@@ -117,9 +119,8 @@ def _grouped(axes: Axes, artifact: Artifact, records: list[ShapeRecord]) -> None
     width = 0.8 / len(colours)
     for place, (name, colour) in enumerate(colours.items()):
         bars = [(n + (place + 0.5) * width - 0.4, series.stats.p50) for n, series in _timed(artifact, records, name)]
-        hatch = "//" if name == "flashcore-portable" else None
         centres, heights = zip(*bars, strict=True)
-        axes.bar(centres, heights, width, label=name, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+        axes.bar(centres, heights, width, label=name, color=colour, hatch=HATCHES.get(name), edgecolor="white", linewidth=0.4)
     labels = [record.shape.label.replace(" ", "\n") for record in records]
     axes.set_xticks(range(len(records)), labels, fontsize=7)
     axes.set_yscale("log")

@@ -26,6 +26,7 @@ SDPA_REFUSAL = "No available kernel"
 
 SAMPLE_MEANINGS = {
     "device_warm": "one CUDA-graph replay of K launches on the same inputs, event time / K",
+    "device_reversed": "as device_warm, right after it, with the contenders of each round in the reverse order",
     "device_cold": "as device_warm, each launch on its own inputs and output, after 3x L2 of other data was read",
     "eager_stream": "wall clock of N Python calls and one synchronisation after them, / N",
     "eager_latency": "wall clock of one Python call and the synchronisation after it",
@@ -38,7 +39,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. `left_out` are contenders that are listed with a reason instead of run."""
+    """What to measure. `left_out` are contenders that are listed with a reason instead of run.
+
+    retime: on a GPU, time the warm launches a second time, in the reverse order.
+    """
 
     shapes: Sequence[Shape]
     contenders: Sequence[Contender]
@@ -48,6 +52,7 @@ class Request:
     eager: bool = True
     cold: bool = True
     grid: str | None = None
+    retime: bool = False
 
 
 def run(request: Request, device: torch.device, progress: Callable[[int, str, float], None]) -> Artifact:
@@ -68,6 +73,7 @@ def run(request: Request, device: torch.device, progress: Callable[[int, str, fl
         seed=request.seed,
         eager=request.eager,
         cold=request.cold,
+        retime=request.retime,
         grid=request.grid,
         samples=SAMPLE_MEANINGS,
     )
@@ -90,7 +96,7 @@ def _run_shape(request: Request, shape: Shape, device: torch.device, measured: p
     if device.type == "cuda":
         records[FLOOR], floor = _floor(device)
         candidates.extend([floor] if floor else [])
-    plan = timing.Plan(iters=request.iters, eager=request.eager, max_cold_sets=cold_sets)
+    plan = timing.Plan(iters=request.iters, eager=request.eager, max_cold_sets=cold_sets, retime=request.retime)
     with torch.no_grad():
         outcomes = (
             timing.time_cuda(candidates, plan, device, progress)
@@ -183,6 +189,9 @@ def _with_outcome(record: ContenderRecord, outcome: timing.Outcome) -> Contender
     if outcome.failure is not None:
         return record.model_copy(update={"status": "failed", "reason": outcome.failure})
     series = [SeriesRecord.of(series) for series in outcome.series]
+    first = next((s.stats.p50 for s in series if s.mode == "device_warm"), None)
+    if first is not None:
+        series = [s.model_copy(update={"to_first": s.stats.p50 / first}) if s.mode == "device_reversed" else s for s in series]
     return record.model_copy(update={"status": "timed", "reason": "", "series": series})
 
 

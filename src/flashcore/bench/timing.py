@@ -1,10 +1,12 @@
 """The only timer. All contenders run interleaved, in an order drawn anew each round.
 
-On a GPU, four series a contender, each in microseconds per launch:
+On a GPU, these series of a contender, each in microseconds per launch:
 
 - `device_warm`: K launches back to back on the same inputs are captured into one CUDA graph; a sample is one replay's
   time between two events, divided by K. That is device time per launch with the host out of the picture; it includes
   the gap between two graph nodes, which the empty kernel, timed in the same way, shows as the floor.
+- `device_reversed`, where asked for: the same graphs once more right after, every round in the reverse of its order. What a
+  contender gains by its place in a round, or all of them lose as the GPU grows hot, shows as a difference between the two.
 - `device_cold`: the same, but each of the K launches has inputs and an output of its own, and before every replay (and
   outside its events) 3x the L2's size of other data is read, so no launch finds its inputs in L2.
 - `eager_stream`: wall clock of N Python calls in a row followed by one synchronisation, divided by N: what a program
@@ -24,13 +26,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
 from flashcore.verify.watchdog import watchdog
 
-Mode = Literal["device_warm", "device_cold", "eager_stream", "eager_latency", "wall"]
+Mode = Literal["device_warm", "device_reversed", "device_cold", "eager_stream", "eager_latency", "wall"]
 Call = Callable[[], torch.Tensor | None]
 Progress = Callable[[str, float], None]
 T = TypeVar("T")
@@ -46,6 +48,12 @@ EAGER_BATCH_US = 10_000.0
 LATENCY_ROUNDS = 50
 LATENCY_BUDGET_US = 100_000.0
 HANG_SECONDS = 120.0
+
+
+class Order(Protocol):
+    """The order of the items in a round, by its number."""
+
+    def __call__(self, items: Sequence[T], round_number: int) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and what to measure. `max_cold_sets` bounds the input sets of a cold replay; 0 leaves cold out."""
+    """How long and what to measure. `max_cold_sets` bounds the input sets of a cold replay; 0 leaves cold out.
+
+    retime: measure `device_reversed` as well.
+    """
 
     iters: int = 100
     eager: bool = True
     max_cold_sets: int = 0
+    retime: bool = False
 
 
 def _silent(what: str, fraction: float) -> None:
@@ -101,6 +113,11 @@ def shuffled(items: Sequence[T], round_number: int) -> list[T]:
     Drawn, not rotated: rotation leaves each the same predecessor, whose caches and clocks it then always inherits.
     """
     return random.Random(round_number).sample(list(items), len(items))
+
+
+def reversed_order(items: Sequence[T], round_number: int) -> list[T]:
+    """The items in the reverse of the order of this round."""
+    return shuffled(items, round_number)[::-1]
 
 
 def time_cpu(candidates: Sequence[Candidate], plan: Plan, progress: Progress = _silent) -> dict[str, Outcome]:
@@ -151,6 +168,10 @@ def time_cuda(
         series: dict[str, list[Series]] = {replay.name: [] for replay in warm}
         for replay, samples in _replay_all(warm, plan.iters, None, partial(progress, "device_warm")):
             series[replay.name].append(Series("device_warm", replay.launches, samples))
+        if plan.retime:
+            again = _replay_all(warm, plan.iters, None, partial(progress, "device_reversed"), reversed_order)
+            for replay, samples in again:
+                series[replay.name].append(Series("device_reversed", replay.launches, samples))
         for replay, samples in _replay_all(cold, plan.iters, flush, partial(progress, "device_cold")):
             series[replay.name].append(Series("device_cold", replay.launches, samples))
     torch.cuda.synchronize(device)
@@ -262,7 +283,11 @@ def _prepare_cold(candidate: Candidate, launches: int, max_sets: int) -> _Replay
 
 
 def _replay_all(
-    replays: Sequence[_Replay], iters: int, before: Callable[[], None] | None, progress: Callable[[float], None]
+    replays: Sequence[_Replay],
+    iters: int,
+    before: Callable[[], None] | None,
+    progress: Callable[[float], None],
+    order: Order = shuffled,
 ) -> Iterator[tuple[_Replay, tuple[float, ...]]]:
     """`iters` samples of each replay, interleaved; `before` runs ahead of each sample, outside its events."""
     if not replays:
@@ -271,20 +296,22 @@ def _replay_all(
     for first in range(0, iters, CHUNK_ROUNDS):
         progress(first / iters)
         with watchdog(HANG_SECONDS, "graph replays"):
-            for replay, us in _replay_rounds(replays, range(first, min(first + CHUNK_ROUNDS, iters)), before):
+            for replay, us in _replay_rounds(replays, range(first, min(first + CHUNK_ROUNDS, iters)), before, order):
                 samples[replay.name].append(us)
     for replay in replays:
         yield replay, tuple(samples[replay.name])
 
 
-def _replay_rounds(replays: Sequence[_Replay], rounds: range, before: Callable[[], None] | None) -> list[tuple[_Replay, float]]:
+def _replay_rounds(
+    replays: Sequence[_Replay], rounds: range, before: Callable[[], None] | None, order: Order
+) -> list[tuple[_Replay, float]]:
     """One sample of each replay for each of these rounds, queued without a synchronisation between them."""
     torch.cuda.current_stream().synchronize()
     # An untimed replay first: the host then stays ahead of the GPU, and no sample holds its time to launch a graph.
-    shuffled(replays, rounds.start)[-1]()
+    order(replays, rounds.start)[-1]()
     queued = []
     for round_number in rounds:
-        for replay in shuffled(replays, round_number):
+        for replay in order(replays, round_number):
             if before is not None:
                 before()
             start, end = _event_pair()

@@ -48,14 +48,14 @@ def shape_view(artifact: Artifact, record: ShapeRecord) -> View:
     ordered = sorted(shown, key=lambda c: s.stats.p50 if (s := c.find(mode)) else float("inf"))
     rows = tuple(tuple(_shape_row(record, contender, mode)) for contender in ordered)
     bound = f"bound {figure(record.work.bound_us)} us ({record.work.bound_limit})"
-    notes = [f"{bound}, from the peaks measured in this run: {_peaks(artifact)}"]
+    notes = [f"{bound}, from the peaks measured in this run: {peaks_text(artifact)}"]
     if on_gpu:
         notes.append(f"cold: {record.cold}")
     if record.baseline:
         notes.append(f"x {record.baseline}: its median over the row's, with a 95 % bootstrap interval; above 1 is faster")
     notes += [f"{c.name} is {c.detail}" for c in shown if c.kind == "ours" and c.detail]
     notes += [f"{c.name}: not timed: {c.reason}" for c in record.contenders if c.status == "not timed"]
-    return View(f"{record.shape.label} on {_where(artifact)}", tuple(columns), rows, (*notes, *_caveats(artifact)))
+    return View(f"{record.shape.label} on {measured_where(artifact)}", tuple(columns), rows, (*notes, *_caveats(artifact)))
 
 
 def grid_view(artifact: Artifact, mode: Mode) -> View:
@@ -71,12 +71,12 @@ def grid_view(artifact: Artifact, mode: Mode) -> View:
         ratios = [_ratio_to(record, by_name.get(name), mode) for name in ours]
         rows.append((record.shape.label, *cells, *ratios))
     notes = (
-        f"each cell: {mode} p50 in us ({unit}); peaks measured in this run: {_peaks(artifact)}",
+        f"each cell: {mode} p50 in us ({unit}); peaks measured in this run: {peaks_text(artifact)}",
         "last columns: times faster than the fastest SDPA backend of the row, with a 95 % bootstrap interval",
         *_reasons(artifact),
         *_caveats(artifact),
     )
-    return View(f"{mode} on {_where(artifact)}", columns, tuple(rows), notes)
+    return View(f"{mode} on {measured_where(artifact)}", columns, tuple(rows), notes)
 
 
 def unit_of(records: Sequence[ShapeRecord]) -> Unit:
@@ -161,12 +161,14 @@ def _caveats(artifact: Artifact) -> list[str]:
     return notes
 
 
-def _where(artifact: Artifact) -> str:
+def measured_where(artifact: Artifact) -> str:
+    """On what and when, for a title."""
     found = artifact.environment
     return f"{found.device_name}, torch {found.torch}, {found.time_utc:%Y-%m-%d}"
 
 
-def _peaks(artifact: Artifact) -> str:
+def peaks_text(artifact: Artifact) -> str:
+    """The ceilings measured in the run, for a note."""
     rates = (f"{dtype} {value:.3g} TFLOP/s" for dtype, value in artifact.peaks.matrix_tflops.items())
     return ", ".join((f"copy {artifact.peaks.copy_tbytes:.3g} TB/s", *rates))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from flashcore.build.control_flow import opcodes_of, opcodes_of_innermost_loops
 from flashcore.errors import CompileError
 from flashcore.runtime.binary import Binary
 
@@ -20,15 +20,22 @@ MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 
 @dataclass(frozen=True, slots=True)
 class MachineCode:
-    """What one binary takes of a multiprocessor, and what it does with it."""
+    """What one binary takes of a multiprocessor, and what it does with it.
+
+    `async_copies` are copies into shared memory, those of threads and those by TMA together. `spills_in_loops` are those of the
+    spill instructions that are in the innermost loops with matrix instructions, where they are paid for each tile of keys.
+    """
 
     registers: int
     stack: int
     shared: int
     spill_loads: int
     spill_stores: int
+    spills_in_loops: int
     matrix: dict[str, int]
     async_copies: int
+    tma_loads: int = 0
+    tma_stores: int = 0
 
     @property
     def spills(self) -> int:
@@ -54,16 +61,39 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _run_on(binary: Binary, tool: str, option: str) -> str:
+def _run_on(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.cubin)
+        file.write(cubin)
         file.flush()
         return _run(tool, option, file.name)
 
 
 def disassemble(binary: Binary) -> str:
     """The machine code as text."""
-    return _run_on(binary, "nvdisasm", "-c")
+    return _run_on(binary.cubin, "nvdisasm", "-c")
+
+
+def read_parameter_places(cubin: bytes, symbol: str) -> list[tuple[int, int]]:
+    """(offset, size) in bytes of each parameter of a function, in order, as the cubin tells the driver (EIATTR_KPARAM_INFO).
+
+    Offsets are not to be computed: what is aligned to more than 8 bytes is so in the GPU's constant memory, where the
+    parameters begin at an address that differs between archs (0x210 on sm_90).
+
+    Raises:
+        CompileError: cuobjdump is missing or fails, or the function has no such table or one that is not understood.
+    """
+    tables = re.split(r"^\.nv\.info\.(\S+)$", _run_on(cubin, "cuobjdump", "-elf"), flags=re.MULTILINE)
+    found = dict(zip(tables[1::2], tables[2::2], strict=True)).get(symbol)
+    if found is None:
+        raise CompileError(f"{symbol}: the cubin says nothing of it (no .nv.info.{symbol})")
+    table = found.split("\n\n\n")[0]
+    entries = re.findall(r"Ordinal : 0x([0-9a-f]+)\s+Offset\s*: 0x([0-9a-f]+)\s+Size\s*: 0x([0-9a-f]+)", table)
+    places = {int(ordinal, 16): (int(offset, 16), int(size, 16)) for ordinal, offset, size in entries}
+    if len(entries) != table.count("EIATTR_KPARAM_INFO") or sorted(places) != list(range(len(entries))):
+        raise CompileError(
+            f"{symbol}: cannot read the cubin's table of parameters: {len(entries)} entries for {sorted(places)}"
+        )
+    return [places[ordinal] for ordinal in range(len(entries))]
 
 
 def read_machine_code(binary: Binary) -> MachineCode:
@@ -72,19 +102,22 @@ def read_machine_code(binary: Binary) -> MachineCode:
     Raises:
         CompileError: a tool is missing or fails, or its output is not understood: a gate must not pass on that.
     """
-    usage = _run_on(binary, "cuobjdump", "--dump-resource-usage")
+    usage = _run_on(binary.cubin, "cuobjdump", "--dump-resource-usage")
     text = disassemble(binary)
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    # an instruction line: "/*0a10*/  @!P0 HGMMA.64x64x16.F32 R24, ... ;"
-    counts = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text, re.MULTILINE))
+    counts = opcodes_of(text)
     if resources is None or not counts:
         raise CompileError(f"{binary.info.name}: cannot read the disassemblers' output")
+    in_loops = opcodes_of_innermost_loops(text, MATRIX_INSTRUCTIONS)
     return MachineCode(
         registers=int(resources[1]),
         stack=int(resources[2]),
         shared=int(resources[3]) + binary.info.shared,
         spill_loads=counts["LDL"],
         spill_stores=counts["STL"],
+        spills_in_loops=in_loops["LDL"] + in_loops["STL"],
         matrix={name: counts[name] for name in MATRIX_INSTRUCTIONS if counts[name]},
         async_copies=counts["LDGSTS"] + counts["UTMALDG"],
+        tma_loads=counts["UTMALDG"],
+        tma_stores=counts["UTMASTG"],
     )

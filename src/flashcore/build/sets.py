@@ -30,7 +30,7 @@ def build_set(arch: str, *, jobs: int | None = None, done: Callable[[str], None]
     triton = triton_version()
     if triton is None:
         raise CompileError("building kernels needs Triton, which is not installed: pip install flashcore[build]")
-    folder = cache_folder() / "sets" / f"{arch}-triton-{triton}"
+    folder = cache_folder() / "sets" / f"{arch}-triton-{triton}-schema-{MANIFEST_SCHEMA}"
     folder.mkdir(parents=True, exist_ok=True)
     read_manifest.cache_clear()
     present = read_manifest(folder)

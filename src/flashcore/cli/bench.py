@@ -47,7 +47,9 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the JSON artifact here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
-    eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Time the Python call too.")] = True,
+    eager: Annotated[
+        bool | None, typer.Option("--eager/--no-eager", help="Time the Python call too. Default: not for fa's long launches.")
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Time with a cold L2 too.")] = True,
 ) -> None:
     """Time attention on this machine: ours, every SDPA backend, FlexAttention, unfused, and what else is installed.
@@ -61,6 +63,7 @@ def bench(
     import torch
     from rich.console import Console
 
+    from flashcore.bench import bar
     from flashcore.bench.contenders import select
     from flashcore.bench.report import print_report
     from flashcore.bench.runner import Request
@@ -72,9 +75,10 @@ def bench(
         left_out=left_out,
         iters=iters,
         seed=seed,
-        eager=eager,
+        eager=grid != bar.GRID if eager is None else eager,
         cold=cold,
         grid=grid,
+        retime=grid == bar.GRID,
     )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     progress_console, console = Console(stderr=True), Console()

@@ -22,7 +22,7 @@ def info() -> None:
     from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, shipped_set
     from flashcore.runtime.store import cache_folder, locate
     from flashcore.sources import kernel_hash
-    from flashcore.target import Target
+    from flashcore.target import SHARED_MEMORY_LIMIT, Target
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -38,8 +38,10 @@ def info() -> None:
     }
     for name, fact in facts.items():
         console.print(f"{name:12s} {fact}", markup=False)
-    for kernel_id in KERNELS:
-        console.print(f"{'source':12s} {kernel_id} {kernel_hash(kernel_id)[:16]}", markup=False)
+    for kernel in KERNELS.values():
+        if kernel.computes:
+            archs = "every arch" if kernel.archs == tuple(SHARED_MEMORY_LIMIT) else ", ".join(kernel.archs)
+            console.print(f"{'kernel':12s} {kernel.id}, for {archs}, source {kernel_hash(kernel.id)[:16]}", markup=False)
     # without a GPU, what a wheel holds for the one that there is evidence of
     shown = target if target.arch else Target(target.name, SHIPPED_ARCHS[-1], None, 0, False)
     arch = shown.arch or SHIPPED_ARCHS[-1]

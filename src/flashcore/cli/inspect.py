@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 def _archs(text: str) -> list[str]:
     from flashcore.errors import ArgumentValueError
-    from flashcore.kernels.portable.config import SHARED_MEMORY_LIMIT
+    from flashcore.target import SHARED_MEMORY_LIMIT
 
     archs = text.split(",")
     for arch in archs:
@@ -29,7 +29,7 @@ def inspect(
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 if any binary breaks a limit.")] = False,
     only: Annotated[str, typer.Option(help="Show (and gate) only names that match this glob.")] = "*",
 ) -> None:
-    """Registers, spills, stack, shared memory and matrix instructions of every binary, without a GPU."""
+    """Registers, stack, spills (also those in the innermost loops), shared memory, matrix instructions, without a GPU."""
     from concurrent.futures import ThreadPoolExecutor
     from fnmatch import fnmatch
 
@@ -45,10 +45,10 @@ def inspect(
 
     console = Console(width=None if Console().is_terminal else 160)
     broken = 0
-    archs = _archs(arch)
-    for one in archs:
-        if not any(fnmatch(specialisation.name, only) for specialisation in shipped_set(one)):
-            raise ArgumentValueError(f"--only: {only!r} matches none of the binaries of {one}")
+    # not every kernel is built for every arch: one that has none of those asked for is passed over
+    archs = [one for one in _archs(arch) if any(fnmatch(specialisation.name, only) for specialisation in shipped_set(one))]
+    if not archs:
+        raise ArgumentValueError(f"--only: {only!r} matches none of the binaries of {arch}")
     for one in archs:
         built = build_with_progress(one)
         binaries = [b for b in built.binaries if fnmatch(b.info.name, only)]
@@ -56,7 +56,7 @@ def inspect(
             codes = list(pool.map(read_machine_code, binaries))
         table = Table(title=f"{one}: {len(binaries)} binaries", title_justify="left")
         table.add_column("kernel", overflow="fold")
-        for column in ("regs", "stack", "LDL/STL", "shared", "KB"):
+        for column in ("regs", "stack", "LDL/STL", "in loops", "shared", "KB"):
             table.add_column(column, justify="right")
         table.add_column("matrix")
         table.add_column("verdict")
@@ -68,6 +68,7 @@ def inspect(
                 str(code.registers),
                 str(code.stack),
                 f"{code.spill_loads}/{code.spill_stores}",
+                str(code.spills_in_loops),
                 str(code.shared),
                 f"{binary.info.size / 1024:.0f}",
                 " ".join(f"{count} {name}" for name, count in code.matrix.items()) or "-",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 INTERPRETED_NOTE = "no GPU: the portable kernel runs in Triton's interpreter; this proves the maths, not the binary"
 
 
-_STYLES = {"passed": "green", "failed": "red", "skipped": "yellow"}
+_STYLES = {"passed": "green", "failed": "red", "skipped": "yellow", "rejected": "dim"}
 
 
 def register(app: typer.Typer) -> None:
@@ -31,10 +32,12 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    impl: Annotated[str, typer.Option(help="What to verify: portable, torch or auto.")] = "portable",
-    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, shipped or all.")] = "all",
+    impl: Annotated[
+        str, typer.Option(help="What to verify: ours (each kernel, on the cases that it takes), one kernel, torch or auto.")
+    ] = "ours",
+    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, tile, shipped or all.")] = "all",
     only: Annotated[str | None, typer.Option(help="Only the cases whose names match this glob, e.g. 'mask-*'.")] = None,
-    mutations: Annotated[bool, typer.Option("--mutations", help="Test the suite itself: six wrong kernels must fail.")] = False,
+    mutations: Annotated[bool, typer.Option("--mutations", help="Test the suite itself: wrong kernels must fail.")] = False,
     record: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases and run nothing.")] = False,
 ) -> None:
@@ -44,13 +47,13 @@ def verify(
 
     from flashcore.errors import ArgumentValueError
     from flashcore.verify.cases import select
-    from flashcore.verify.subject import flashcore_implementation
+    from flashcore.verify.subject import OURS, flashcore_implementations
 
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         # Triton reads it when it is first imported, which nothing above has done.
         os.environ["TRITON_INTERPRET"] = "1"
-    implementation = flashcore_implementation(impl)
+    implementations = flashcore_implementations(impl)
     cases = select(suite, only)
     console = Console()
     if list_cases:
@@ -61,18 +64,20 @@ def verify(
         raise ArgumentValueError("record: --mutations verifies the suite, not a kernel, so there is nothing to record")
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     if mutations:
-        ok = _verify_suite(console, cases, device)
+        # a kernel that is named stands for the right implementation; else plain PyTorch does
+        ok = _verify_suite(console, cases, device, None if impl == OURS else implementations[0])
     else:
-        ok = _verify_implementation(console, cases, device, implementation, suite=suite, only=only, record=record)
+        ok = _verify_implementations(console, cases, device, impl, implementations, suite=suite, only=only, record=record)
     if not ok:
         raise typer.Exit(1)
 
 
-def _verify_implementation(
+def _verify_implementations(
     console: Console,
     cases: Sequence[Case],
     device: torch.device,
-    implementation: Implementation,
+    impl: str,
+    implementations: Sequence[Implementation],
     *,
     suite: str,
     only: str | None,
@@ -82,25 +87,26 @@ def _verify_implementation(
     from flashcore.verify.suite import run_suite
 
     target = Target.of(device)
-    interpreted = target.interpreted and implementation.name == "portable"
+    names = [implementation.name for implementation in implementations]
+    interpreted = target.interpreted and "portable" in names
     if interpreted:
         console.print(INTERPRETED_NOTE, style="yellow", soft_wrap=True)
         # The interpreter computes with numpy, which warns of what a masked kernel means to do: log2(0), inf - inf.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     results = []
     with _progress(console) as progress:
-        task = progress.add_task("verify", total=len(cases))
-        for result in run_suite(cases, implementation, device):
+        task = progress.add_task("verify", total=len(cases) * len(names))
+        for result in run_suite(cases, implementations, device):
             results.append(result)
             progress.update(task, advance=1, description=result.case.name)
-    _print_results(console, results, f"{implementation.name} on {target.name}")
+    _print_results(console, results, names, f"{', '.join(names)} on {target.name}")
     if record is not None:
         from flashcore.verify.record import write
 
         write(
             record,
             results,
-            implementation=implementation.name,
+            implementation=impl,
             device=target.name,
             interpreted=interpreted,
             suite=suite,
@@ -111,15 +117,15 @@ def _verify_implementation(
     return any(r.verdict == "passed" for r in results) and all(r.verdict != "failed" for r in results)
 
 
-def _verify_suite(console: Console, cases: Sequence[Case], device: torch.device) -> bool:
+def _verify_suite(console: Console, cases: Sequence[Case], device: torch.device, right: Implementation | None) -> bool:
     from flashcore.verify.mutations import run_mutations
 
     # What no tiled PyTorch can be asked: torch's own entry, and the gigabytes of the largest cases.
     cases = [case for case in cases if case.entry == "attention" and not case.needs_bytes]
     with _progress(console) as progress:
         task = progress.add_task("mutations", total=len(cases))
-        results = list(run_mutations(cases, device, lambda: progress.advance(task)))
-    _print_mutations(console, results)
+        results = list(run_mutations(cases, device, right, lambda: progress.advance(task)))
+    _print_mutations(console, results, "plain PyTorch" if right is None else right.name)
     return all(result.as_it_should_be for result in results)
 
 
@@ -130,39 +136,59 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _print_results(console: Console, results: Sequence[CaseResult], subject: str) -> None:
+def _print_results(console: Console, results: Sequence[CaseResult], names: Sequence[str], subject: str) -> None:
+    """The table, then who failed, was skipped or was rejected and why, then the counts: the last line is the whole run's."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=f"verify {subject}", box=box.SIMPLE_HEAD)  # narrow enough for 80 columns
     table.add_column("case", no_wrap=True)
+    if len(names) > 1:
+        table.add_column("kernel", no_wrap=True)
     for column in ("error", "bound", "lse error"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for result in results:
+        if result.verdict == "rejected":
+            continue
         output, lse = result.output, result.lse
         table.add_row(
             Text(result.case.name),
+            *([result.implementation] if len(names) > 1 else []),
             *(f"{output.max_abs:.2e} {output.bound:.2e}".split() if output else ("-", "-")),
             f"{lse.max_abs:.2e}" if lse else "-",
             Text(result.verdict, style=_STYLES[result.verdict]),
         )
     console.print(table)
+    rejections = Counter((r.implementation, r.reason) for r in results if r.verdict == "rejected")
+    for (name, reason), count in rejections.items():
+        console.print(Text(f"{name} rejected {count}: {reason}", style=_STYLES["rejected"]), soft_wrap=True)
     for verdict in ("skipped", "failed"):
         for result in results:
             if result.verdict == verdict:
-                line = Text(f"{verdict} {result.case.name}: {result.reason}", style=_STYLES[verdict])
+                by = f" by {result.implementation}" if len(names) > 1 else ""
+                line = Text(f"{verdict} {result.case.name}{by}: {result.reason}", style=_STYLES[verdict])
                 console.print(line, soft_wrap=True)
-    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in _STYLES}
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+    if len(names) > 1:
+        for name in names:
+            console.print(f"{name}: {_counts_text([r for r in results if r.implementation == name])}", highlight=False)
+    console.print(_counts_text(results), highlight=False)
 
 
-def _print_mutations(console: Console, results: Sequence[MutationResult]) -> None:
+def _counts_text(results: Sequence[CaseResult]) -> str:
+    from flashcore.verify.record import counts
+
+    # a kernel that rejects nothing need not say so
+    found = counts(results)
+    return ", ".join(f"{count} {verdict}" for verdict, count in found.items() if count or verdict != "rejected")
+
+
+def _print_mutations(console: Console, results: Sequence[MutationResult], right: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="the suite, tested by wrong implementations")
+    table = Table(title=f"the suite, tested by {right} and by wrong implementations")
     table.add_column("implementation")
     table.add_column("cases it failed", justify="right")
     table.add_column("as it should be")

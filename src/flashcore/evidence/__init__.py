@@ -7,6 +7,7 @@ them, and index.json, the little of them that planning needs, made by `flashcore
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from flashcore import torch_backend
+from flashcore.kernels.binding import Binding
+from flashcore.kernels.registry import BINDINGS
 from flashcore.sources import kernel_hash
 from flashcore.spec import AttentionSpec, Band
 from flashcore.target import Target
@@ -23,8 +27,6 @@ State = Literal["verified", "compiled", "experimental"]
 FOLDER = Path(__file__).parent
 # Beyond a factor of four in work or parallelism from the nearest measured shape, nothing is claimed.
 MAX_DISTANCE = 2.0
-# Head dims with binaries of their own (kernels/portable/binding.py).
-EXACT_DIMS = (64, 128, 256)
 # Measured ratios closer to 1 than this are noise.
 MARGIN = 0.97
 
@@ -95,53 +97,95 @@ def peaks(gpu: str) -> Peaks | None:
     return None if index is None else index.peaks
 
 
-def slower_than_torch(spec: AttentionSpec, target: Target) -> str | None:
-    """Why PyTorch is the faster choice for a call by the measurements on this GPU; None where they do not say so.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two implementations at the measured shape nearest to a call: which is the faster choice, and why not the other."""
 
-    Speaks only of what was measured and PyTorch has a fused kernel for (no cap, no window; with a mask, causal or neither),
-    by the nearest shape of like features, no further than a factor of four away.
+    winner: str
+    loser: str
+    why: str
+
+    @classmethod
+    def of(cls, first: tuple[str, float], second: tuple[str, float], where: str) -> Comparison:
+        """From names and times in microseconds; the first wins unless the second is faster by more than noise."""
+        (winner, best), (loser, time) = (second, first) if second[1] < MARGIN * first[1] else (first, second)
+        verdict = "is slower here by measurement" if best < MARGIN * time else "is no faster here beyond noise"
+        against = "PyTorch's SDPA" if winner == torch_backend.IMPL else winner
+        return cls(winner, loser, f"{verdict}: {time:.1f} us against {best:.1f} for {against} at {where}")
+
+
+def compare(spec: AttentionSpec, target: Target, first: str, second: str) -> Comparison | None:
+    """Which of two implementations, by their `impl` names, a call is faster with; None where measurements do not say.
+
+    Judges by the nearest shape of like features at which both were measured, no further than a factor of four away. Our own
+    kernels are compared with one another by the measurements of another GPU of the same arch where this one has none, and
+    calls with a window or a cap by calls without. The comparison with PyTorch speaks only of what was measured on this very
+    GPU and PyTorch has a fused kernel for: no cap, no window; with a mask, causal or neither.
     """
-    index = _of_gpu(target.name)
-    full = spec.band == Band(None, None)
-    if index is None or spec.softcap != 0 or not (full or spec.square_causal):
-        return None
     if 0 in spec.output_shape or spec.seqlen_k == 0:
         return None
-    if spec.return_lse or (spec.mask is not None and spec.mask.dtype not in (torch.bool, spec.dtype)):
-        return None  # torch_backend does these by hand, not by SDPA
-    head_dim = max(spec.head_dim, spec.head_dim_v)
-    exact = spec.head_dim == spec.head_dim_v and head_dim in EXACT_DIMS
-    mask = "none" if spec.mask is None else spec.mask.kind
-    precision = "fp32" if spec.dtype.itemsize == 4 else "half"
-    general = mask != "none" or precision == "fp32"
-
-    def distance(timing: Timing) -> float:
-        """In factors of two: of both lengths, half each, of the number of heads and of the head dim."""
-        dims = math.log2(head_dim / timing.head_dim)
-        rows = math.log2(spec.seqlen_q / timing.seqlen_q) / 2
-        keys = math.log2(spec.seqlen_k / timing.seqlen_k) / 2
-        heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
-        return abs(rows) + abs(keys) + abs(heads) + abs(dims)
-
-    alike = [
-        timing
-        for timing in index.timings
-        if timing.mask == mask
-        and timing.precision == precision
-        # a mask is measured without causality, which costs either side less than the mask does
-        and (timing.causal == spec.square_causal or mask != "none")
-        # of plain half calls, those whose head dim fills its block run other code than those whose does not
-        and (general or (timing.head_dim == head_dim if exact else timing.head_dim not in EXACT_DIMS))
-        and {"flashcore-portable", "sdpa-auto"} <= timing.us.keys()
-    ]
-    if not alike:
+    with_torch = torch_backend.IMPL in (first, second)
+    if with_torch and not _sdpa_is_fused(spec):
         return None
-    nearest = min(alike, key=distance)
-    ours, torchs = nearest.us["flashcore-portable"], nearest.us["sdpa-auto"]
-    if distance(nearest) > MAX_DISTANCE or torchs >= MARGIN * ours:
-        return None
+    contenders = tuple("sdpa-auto" if name == torch_backend.IMPL else f"flashcore-{name}" for name in (first, second))
+    bindings = [BINDINGS[name] for name in (first, second) if name != torch_backend.IMPL]
+    # this GPU's own evidence first
+    for index in sorted(indexes(), key=lambda index: index.gpu != target.name):
+        if index.gpu != target.name and (with_torch or index.arch != target.arch):
+            continue
+        if any(index.sources.get(binding.KERNEL) != kernel_hash(binding.KERNEL) for binding in bindings):
+            continue  # what was timed is not what would run
+        alike = (timing for timing in index.timings if timing.us.keys() >= set(contenders) and _alike(spec, timing))
+        for timing in sorted(alike, key=lambda timing: _distance(spec, timing)):
+            if _distance(spec, timing) > MAX_DISTANCE:
+                break
+            if all(_same_binary(binding, spec, timing.head_dim, target) for binding in bindings):
+                us = [timing.us[contender] for contender in contenders]
+                return Comparison.of((first, us[0]), (second, us[1]), _where(spec, timing, index, target))
+    return None
+
+
+def _sdpa_is_fused(spec: AttentionSpec) -> bool:
+    """Whether torch_backend runs a call by SDPA with a kernel that takes its band: only that was measured."""
+    if spec.softcap != 0 or spec.return_lse or not (spec.band == Band(None, None) or spec.square_causal):
+        return False
+    return spec.mask is None or spec.mask.dtype in (torch.bool, spec.dtype)
+
+
+def _alike(spec: AttentionSpec, timing: Timing) -> bool:
     return (
-        f"is slower here by measurement: {ours:.1f} us against {torchs:.1f} for PyTorch's SDPA at the nearest measured shape "
-        f"({nearest.batch},{nearest.heads},{nearest.seqlen_q},{nearest.head_dim}"
-        f"{', ' + nearest.mask + ' mask' if nearest.mask != 'none' else ''}) on {index.gpu}"
+        timing.mask == ("none" if spec.mask is None else spec.mask.kind)
+        and timing.precision == ("fp32" if spec.dtype.itemsize == 4 else "half")
+        # a mask is measured without causality, which costs either side less than the mask does
+        and (spec.mask is not None or timing.causal == (spec.band.hi is not None))
     )
+
+
+def _distance(spec: AttentionSpec, timing: Timing) -> float:
+    """In factors of two: of both lengths, half each, of the number of heads and of the head dim."""
+    dims = math.log2(max(spec.head_dim, spec.head_dim_v) / timing.head_dim)
+    rows = math.log2(spec.seqlen_q / timing.seqlen_q) / 2
+    keys = math.log2(spec.seqlen_k / timing.seqlen_k) / 2
+    heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
+    return abs(rows) + abs(keys) + abs(heads) + abs(dims)
+
+
+def _same_binary(binding: Binding, spec: AttentionSpec, head_dim: int, target: Target) -> bool:
+    """Whether a kernel runs the call's head dims and a measured one with the same code."""
+    assert target.arch is not None  # the kernel was found to run there
+    other = replace(spec, head_dim=head_dim, head_dim_v=head_dim)
+    mine, measured = (binding.specialise_call(call, target.arch, target.sm_count) for call in (spec, other))
+    return mine == measured
+
+
+def _where(spec: AttentionSpec, timing: Timing, index: Index, target: Target) -> str:
+    lengths = str(timing.seqlen_q) if timing.seqlen_q == timing.seqlen_k else f"{timing.seqlen_q}/{timing.seqlen_k}"
+    shape = [f"{timing.batch},{timing.heads},{lengths},{timing.head_dim}"]
+    if timing.causal:
+        shape.append("causal")
+    if timing.mask != "none":
+        shape.append(f"{timing.mask} mask")
+    measured_bands = (Band(None, None), Band(None, 0), Band(None, spec.seqlen_k - spec.seqlen_q))
+    without = "" if spec.band in measured_bands and spec.softcap == 0 else " without window and cap"
+    gpu = index.gpu if index.gpu == target.name else f"{index.gpu}, whose arch is {target.arch} too"
+    return f"the nearest measured shape ({', '.join(shape)}){without} on {gpu}"

@@ -8,9 +8,10 @@ from flashcore.bench.artifact import Artifact, load
 from flashcore.build.sets import BuiltSet
 from flashcore.errors import BinaryError
 from flashcore.evidence import FOLDER, Index, Peaks, Timing
-from flashcore.kernels.registry import KERNELS
+from flashcore.kernels.registry import BINDINGS, KERNELS
 from flashcore.sources import kernel_hashes
 from flashcore.verify.record import VerifyRecord, read
+from flashcore.verify.subject import OURS
 
 SUITE = "all"
 
@@ -42,20 +43,18 @@ def make_index(folder: Path) -> Index:
         raise BinaryError(f"{folder / 'verify.json'}: {refuse}")
     gpu = record.environment.gpu
     assert gpu is not None  # refusal() saw to it
-    # what was timed of another source says nothing of this one
-    sources = record.environment.kernel_sources
-    measured = [artifact for artifact in artifacts(folder) if artifact.environment.kernel_sources == sources]
+    passed = {sha256: binary for sha256, binary in sorted(record.binaries.items()) if not binary.failed}
+    # a kernel that the record has no binary of, because the GPU does not run it say, was not verified there
+    ran = {binary.kernel for binary in passed.values()} | {kernel.id for kernel in KERNELS.values() if not kernel.computes}
+    sources = {kernel: source for kernel, source in record.environment.kernel_sources.items() if kernel in ran}
+    measured = artifacts(folder)
     return Index(
         gpu=gpu.name,
         arch=_arch(gpu.arch),
-        sources=dict(sources),
-        verified={
-            sha256: (binary.specialisation or "", len(binary.passed))
-            for sha256, binary in sorted(record.binaries.items())
-            if not binary.failed
-        },
+        sources=sources,
+        verified={sha256: (binary.specialisation or "", len(binary.passed)) for sha256, binary in passed.items()},
         peaks=_peaks(measured),
-        timings=_timings(measured),
+        timings=_timings(measured, record.environment.kernel_sources),
     )
 
 
@@ -65,7 +64,7 @@ def refusal(record: VerifyRecord) -> str | None:
         return "was not made on a GPU"
     if record.suite != SUITE or record.only is not None:
         return f"is partial: suite {record.suite}, only {record.only}; evidence takes the whole suite"
-    if record.implementation != "portable":
+    if record.implementation not in (OURS, *BINDINGS):
         return f"verified {record.implementation}, not our kernels"
     if record.failed:
         return f"has {record.failed} failed cases"
@@ -89,14 +88,23 @@ def _peaks(measured: list[Artifact]) -> Peaks | None:
     return Peaks(matrix_tflops=rates, copy_tbytes=max(artifact.peaks.copy_tbytes for artifact in measured))
 
 
-def _timings(measured: list[Artifact]) -> list[Timing]:
+def _stale(artifact: Artifact, verified: dict[str, str]) -> set[str]:
+    """The contenders of a benchmark of another source than was verified: they say nothing of this one."""
+    timed = artifact.environment.kernel_sources
+    changed = {impl for impl, binding in BINDINGS.items() if timed.get(binding.KERNEL) != verified.get(binding.KERNEL)}
+    # auto may have taken the kernel that changed
+    return {f"flashcore-{impl}" for impl in changed} | ({"flashcore"} if changed else set())
+
+
+def _timings(measured: list[Artifact], verified: dict[str, str]) -> list[Timing]:
     timings = []
     for artifact in measured:
+        stale = _stale(artifact, verified)
         for record in artifact.shapes:
             us = {}
             for contender in record.contenders:
                 series = contender.find("device_warm")
-                if contender.status == "timed" and series is not None:
+                if contender.status == "timed" and series is not None and contender.name not in stale:
                     us[contender.name] = round(series.stats.p50, 3)
             shape = record.shape
             timings.append(
@@ -119,8 +127,10 @@ def unproved(index: Index, built: BuiltSet) -> list[str]:
     """What keeps the shipped set of the index's arch from being verified, one line each; empty when all of it is."""
     found = []
     for kernel_id, source in kernel_hashes().items():
-        if KERNELS[kernel_id].computes and index.sources.get(kernel_id) != source:
-            found.append(f"{kernel_id}: its source changed since it was verified on {index.gpu}")
+        kernel = KERNELS[kernel_id]
+        if kernel.computes and kernel.shipped(index.arch) and index.sources.get(kernel_id) != source:
+            why = "its source changed since it was" if kernel_id in index.sources else "was never"
+            found.append(f"{kernel_id}: {why} verified on {index.gpu}")
     for binary in built.binaries:
         if KERNELS[binary.info.kernel].computes and binary.info.sha256 not in index.verified:
             found.append(f"{binary.info.name}: {binary.info.sha256} is not among the binaries verified on {index.gpu}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-# The tensors of a call. `counter` is one int32, zero when the kernel starts, which a kernel may ask for (Binding.needs_counter).
+# The tensors of a call. `counter` is one int32, zero when the kernel starts, for a kernel that asks for it
+# (Binding.needs_counter).
 TensorName = Literal["q", "k", "v", "mask", "o", "lse", "counter"]
 TENSORS: tuple[TensorName, ...] = get_args(TensorName)
 
@@ -19,7 +20,7 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """A TMA tensor map over one of the call's tensors.
+    """A TMA tensor map over one of the call's tensors, or over a part of it that begins `offset` elements after its address.
 
     `shape` and `strides` are in elements, outermost dimension first; the last stride is 1. The box, the swizzle and the
     element type belong to the binary (runtime/binary.py), because the compiler chose them.
@@ -28,6 +29,7 @@ class TensorMap:
     tensor: TensorName
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    offset: int = 0
 
 
 Argument = Pointer | TensorMap | int | float

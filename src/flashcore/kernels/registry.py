@@ -1,44 +1,87 @@
-"""Every kernel: where its source is, and which of its specialisations a wheel holds."""
+"""Every kernel: where its source is, what binds calls to it, and which of its specialisations a wheel holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from flashcore.kernels.binding import Binding
+from flashcore.kernels.hopper import binding as hopper
 from flashcore.kernels.portable import binding as portable
 from flashcore.kernels.specialisation import Specialisation
+from flashcore.target import SHARED_MEMORY_LIMIT
 
 # The architectures whose binaries a wheel holds; others are compiled on demand.
 SHIPPED_ARCHS = ("sm_80", "sm_89", "sm_90a")
 
 EMPTY = Specialisation(kernel="empty", name="empty", parameters=(), constants=(), num_warps=4, num_stages=1)
 
+# What computes attention, by the name that `impl=` takes; the first that applies where measurements say nothing.
+_IN_ORDER: tuple[Binding, ...] = (hopper, portable)
+BINDINGS = {binding.IMPL: binding for binding in _IN_ORDER}
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """`module` holds the jitted `function`; `sources` are the files that a binary of it is made of.
 
-    `computes`: it has a result, which evidence must then vouch for.
+    `binding` is None for the empty kernel, which computes nothing that evidence could vouch for. `triton` is the one release
+    whose compiler is known to take the source, where not every release does.
     """
 
     id: str
     module: str
     function: str
     sources: tuple[str, ...]
-    shipped: Callable[[str], tuple[Specialisation, ...]]
-    computes: bool = True
+    binding: Binding | None
+    triton: str | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether it has a result, which evidence must then vouch for."""
+        return self.binding is not None
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """The architectures it can be built for."""
+        return tuple(arch for arch in SHARED_MEMORY_LIMIT if self.shipped(arch))
+
+    def shipped(self, arch: str) -> tuple[Specialisation, ...]:
+        """The specialisations that a wheel holds for an arch; empty where the kernel cannot be built for it."""
+        return (EMPTY,) if self.binding is None else self.binding.shipped(arch)
 
 
 KERNELS = {
     kernel.id: kernel
     for kernel in (
-        Kernel("empty", "flashcore.kernels.empty", "empty", ("kernels/empty.py",), lambda arch: (EMPTY,), computes=False),
+        Kernel("empty", "flashcore.kernels.empty", "empty", ("kernels/empty.py",), None),
         Kernel(
             portable.KERNEL,
             "flashcore.kernels.portable.forward",
             "portable_forward",
             ("kernels/portable/forward.py",),
-            portable.shipped,
+            portable,
+        ),
+        Kernel(
+            hopper.KERNEL,
+            "flashcore.kernels.hopper.forward",
+            "hopper_forward",
+            tuple(
+                f"kernels/hopper/{name}.py"
+                for name in (
+                    "consumer",
+                    "forward",
+                    "gluon_api",
+                    "mask",
+                    "operand",
+                    "producer",
+                    "ring",
+                    "shared",
+                    "softmax",
+                    "tiles",
+                )
+            ),
+            hopper,
+            triton="3.9.0",
         ),
     )
 }

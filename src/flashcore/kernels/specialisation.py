@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A run-time parameter of a kernel: its name, its Triton type ("*fp16", "i64", "fp32") and a divisor known of it."""
+    """A run-time parameter of a kernel: its name, its type and a divisor known of it.
+
+    `type` is Triton's ("*fp16", "i64", "fp32"), or "tensormap<fp16[1,1,64,128]>": a TMA tensor map and the kernel's tile.
+    """
 
     name: str
     type: str
     divisor: int = 1
+
+    @property
+    def tile(self) -> tuple[str, tuple[int, ...]] | None:
+        """The element type and the tile of a tensor map, outermost dimension first; None for any other parameter."""
+        found = re.fullmatch(r"tensormap<(\w+)\[(\d+(?:,\d+)*)\]>", self.type)
+        return None if found is None else (found[1], tuple(map(int, found[2].split(","))))
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Specialisation:
     kernel: str
     name: str
     parameters: tuple[Parameter, ...]
-    constants: tuple[tuple[str, int | bool | str], ...]
+    constants: tuple[tuple[str, int | bool | str | None], ...]
     num_warps: int
     num_stages: int
 

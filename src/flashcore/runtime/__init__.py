@@ -17,5 +17,5 @@ def empty_launch(device: torch.device) -> Callable[[], None]:
     from flashcore.target import Target
 
     target = Target.of(device)
-    launch = Launcher(obtain(EMPTY, target), device, grid=1, pointers=0, scalars=()).launch
+    launch = Launcher(obtain(EMPTY, target), device, grid=1, arguments=()).launch
     return lambda: launch(())

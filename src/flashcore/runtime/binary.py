@@ -9,15 +9,38 @@ from pydantic import BaseModel, ConfigDict
 
 from flashcore.errors import BinaryError
 
+# bytes of what a tensor map may be of
+ELEMENT_SIZES = {"fp16": 2, "bf16": 2}
+
+
+class TensorMapLayout(BaseModel):
+    """How a kernel reads or writes memory through a TMA tensor map, as its compiler chose.
+
+    `element` is of ELEMENT_SIZES; `box` is what one copy moves, in elements, outermost dimension first; `swizzle` is the
+    span of the pattern in shared memory in bytes: 0 (none), 32, 64 or 128.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    element: str
+    box: tuple[int, ...]
+    swizzle: int
+
 
 class KernelParameter(BaseModel):
-    """One parameter of the entry point, in order: Triton's name of its type ("*fp16", "i64", "fp32") and its bytes."""
+    """One parameter of the entry point, in order: name, type, bytes, and where it starts in the parameters' buffer.
+
+    `type` is Triton's name ("*fp16", "i64", "fp32"), or "tensormap<fp16[1,1,64,128]>" for a TMA tensor map with the
+    kernel's tile. Only a tensor map has a `tensor_map`; its shape (i32) and strides (i64) are the parameters after it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     type: str
     size: int
+    offset: int
+    tensor_map: TensorMapLayout | None = None
 
 
 class BinaryInfo(BaseModel):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from flashcore.errors import BinaryError, DriverError
+
+# names of CUtensorMapDataType's and CUtensorMapSwizzle's members, without their prefixes
+_ELEMENTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+_SWIZZLES = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}
+_TENSOR_MAP_BYTES = 128
 
 
 @cache
@@ -71,6 +78,45 @@ def load_function(cubin: bytes, symbol: str, shared: int, what: str) -> Any:
     finally:
         _call("cuThreadExchangeStreamCaptureMode", mode)
     return function
+
+
+def encode_tensor_map(
+    what: str,
+    address: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    *,
+    element: str,
+    box: Sequence[int],
+    swizzle: int,
+) -> bytes:
+    """A TMA tensor map over the tensor at an address; what is read beyond its edges is zero, what is written there is dropped.
+
+    `shape` (elements), `box` (elements) and `strides` (bytes, of all dimensions but the last) are outermost first.
+
+    Raises:
+        DriverError: the driver makes no such map; it names the call's figures and `what` the tensor is called.
+    """
+    driver = bindings()
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENTS[element]}"),
+        len(shape),
+        address,
+        [driver.cuuint64_t(extent) for extent in reversed(shape)],
+        [driver.cuuint64_t(stride) for stride in reversed(strides)],
+        [driver.cuuint32_t(extent) for extent in reversed(box)],
+        [driver.cuuint32_t(1)] * len(shape),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[swizzle]}"),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DriverError(
+            f"{what}: cuTensorMapEncodeTiled failed: {status.name}, for address {address:#x}, shape {tuple(shape)}, "
+            f"strides of {tuple(strides)} bytes, box {tuple(box)}, swizzle {swizzle}, {element}"
+        )
+    return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
 
 
 def launch_error(status: Any, what: str) -> DriverError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from flashcore import torch_backend
-from flashcore.kernels.portable import binding as portable
+from flashcore.kernels.registry import BINDINGS
 from flashcore.plan import Plan, make_plan
 from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
@@ -93,7 +93,7 @@ def plan_call(
 
 
 def _prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
-    if plan.impl == "torch":
+    if plan.impl == torch_backend.IMPL:
         return lambda q, k, v, attn_mask: torch_backend.attend(q, k, v, attn_mask, options, spec.return_lse)
     if plan.interpreted:
         return _prepare_interpreted(spec, plan)
@@ -111,16 +111,21 @@ def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
     from flashcore.runtime.store import obtain
 
     assert plan.specialisation is not None
+    binding = BINDINGS[plan.impl]
+    counted = binding.needs_counter(plan.specialisation)
+    device = spec.device
     launch_kernel = Launcher(
-        obtain(plan.specialisation, Target.of(spec.device)),
-        spec.device,
+        obtain(plan.specialisation, Target.of(device)),
+        device,
         grid=plan.grid,
-        pointers=len(portable.POINTERS),
-        scalars=portable.scalars(spec, plan.specialisation),
+        arguments=binding.arguments(spec, plan.specialisation),
     ).launch
 
     def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
         o, lse = _outputs(spec)
+        # one for each launch, so that streams, threads and graphs share none
+        counter = torch.zeros(1, dtype=torch.int32, device=device) if counted else None
+        # in the order of kernels.arguments.TENSORS
         launch_kernel(
             (
                 q.data_ptr(),
@@ -129,6 +134,7 @@ def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
                 0 if attn_mask is None else attn_mask.data_ptr(),
                 o.data_ptr(),
                 0 if lse is None else lse.data_ptr(),
+                0 if counter is None else counter.data_ptr(),
             )
         )
         return o, lse
@@ -141,13 +147,11 @@ def _prepare_interpreted(spec: AttentionSpec, plan: Plan) -> Prepared:
 
     specialisation = plan.specialisation
     assert specialisation is not None
+    arguments = BINDINGS[plan.impl].arguments(spec, specialisation)
 
     def run_interpreted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
         o, lse = _outputs(spec)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask.view(torch.uint8)
-        tensors = (q, k, v, q if attn_mask is None else attn_mask, o, q if lse is None else lse)
-        interpret(specialisation, plan.grid, tensors, portable.scalars(spec, specialisation))
+        interpret(specialisation, plan.grid, arguments, {"q": q, "k": k, "v": v, "mask": attn_mask, "o": o, "lse": lse})
         return o, lse
 
     return run_interpreted

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from flashcore.errors import UnsupportedError
+from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.registry import KERNELS
 from flashcore.kernels.specialisation import Specialisation
 
@@ -19,9 +20,12 @@ _one_at_a_time = threading.Lock()
 
 
 def interpret(
-    specialisation: Specialisation, grid: int, tensors: Sequence[torch.Tensor], scalars: Sequence[int | float]
+    specialisation: Specialisation,
+    grid: int,
+    arguments: Sequence[Argument],
+    tensors: Mapping[TensorName, torch.Tensor | None],
 ) -> None:
-    """Run `grid` programs of the kernel with these arguments, in the order of the specialisation's parameters.
+    """Run `grid` programs of the kernel with these arguments, in the order of its parameters.
 
     Raises:
         UnsupportedError: Triton is not installed, or was imported before TRITON_INTERPRET=1 was set.
@@ -37,7 +41,20 @@ def interpret(
     if grid == 0:
         return
     with _one_at_a_time, _bfloat16_products():
-        function[(grid,)](*tensors, *scalars, **dict(specialisation.constants))
+        values = [_interpretable(argument, tensors) for argument in arguments]
+        function[(grid,)](*values, **dict(specialisation.constants))
+
+
+def _interpretable(argument: Argument, tensors: Mapping[TensorName, torch.Tensor | None]) -> torch.Tensor | int | float:
+    """What the interpreter takes for an argument: it has no null pointers and no pointers to bool."""
+    assert not isinstance(argument, TensorMap)  # binding.reject refuses to interpret a kernel that takes one
+    if not isinstance(argument, Pointer):
+        return argument
+    tensor = tensors[argument.tensor]
+    if tensor is None:
+        tensor = tensors["q"]  # never read: constants and store_lse say that it is absent
+        assert tensor is not None
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 @contextmanager

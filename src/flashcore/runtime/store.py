@@ -21,7 +21,7 @@ from flashcore.sources import PACKAGE, kernel_hash
 from flashcore.target import Target
 
 SHIPPED = PACKAGE / "binaries"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
 
 Origin = Literal["shipped", "cached", "compile"]
 
@@ -67,7 +67,10 @@ def read_manifest(folder: Path) -> dict[str, BinaryInfo]:
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise BinaryError(f"{path}: not a manifest: {error}") from error
     if manifest.schema_version != MANIFEST_SCHEMA:
-        raise BinaryError(f"{path}: schema {manifest.schema_version}; this FlashCore reads {MANIFEST_SCHEMA}")
+        raise BinaryError(
+            f"{path}: schema {manifest.schema_version}; this FlashCore reads {MANIFEST_SCHEMA}: "
+            "reinstall it, or in a checkout run `flashcore build`"
+        )
     return {info.key: info for info in manifest.binaries}
 
 
@@ -80,7 +83,8 @@ def locate(specialisation: Specialisation, arch: str) -> Location | None:
     triton = triton_version()
     if triton is None:
         return None
-    digest = sha256("\n".join((specialisation.key, arch, source, triton)).encode()).hexdigest()
+    # the schema too: a record of another is not damaged, and there is none of this one yet
+    digest = sha256("\n".join((specialisation.key, arch, source, triton, str(MANIFEST_SCHEMA))).encode()).hexdigest()
     path = cache_folder() / arch / f"{digest[:32]}.cubin"
     info = _cached_info(path)
     return Location("compile" if info is None else "cached", info, path)

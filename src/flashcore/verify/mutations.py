@@ -1,7 +1,8 @@
-"""The suite's own test: a right implementation that it must pass, and six wrong ones that it must fail.
+"""The suite's own test: a right implementation that it must pass, and wrong ones that it must fail.
 
-Each wrong one is the right one with one of the mistakes that kernels really make. A suite that lets any of them through
-proves nothing about a kernel.
+Each wrong one makes one of the mistakes that kernels really make. A suite that lets any of them through proves nothing
+about a kernel. Mistakes that show outside a kernel are put around the right implementation, which is attention in plain
+PyTorch or a kernel of ours; those of its inside (`INSIDE`) are made in the plain one.
 """
 
 import math
@@ -20,14 +21,19 @@ _BLOCK_N = 32
 
 
 class Mutation(Enum):
-    """The mistakes of mission.md section 1."""
+    """The mistakes of mission.md section 1, and two that a kernel with a ring of buffers and a log-sum-exp can make."""
 
     SCALED_OUTPUT = "the output scaled by 0.95"
     DROPPED_RESCALE = "a dropped rescale in the online softmax"
     SWAPPED_KV = "K and V swapped"
     SKIPPED_LAST_TILE = "the last tile of keys skipped"
+    STALE_TILE = "the first tile of keys read again in place of the second"
     UNWRITTEN_ROW = "one row never written"
     ONE_NAN = "one NaN"
+    BASE_2_LSE = "the log-sum-exp in base 2"
+
+
+INSIDE = (Mutation.DROPPED_RESCALE, Mutation.STALE_TILE)
 
 
 @dataclass(frozen=True)
@@ -43,27 +49,74 @@ class MutationResult:
         return bool(self.failed) == (self.mutation is not None)
 
 
-def implementation(mutation: Mutation | None) -> Implementation:
-    """The tiled implementation with this mistake, or with none."""
-    name = "tiled" if mutation is None else f"tiled, {mutation.value}"
-    return Implementation(name, partial(tiled_attention, mutation=mutation))
+def implementation(mutation: Mutation | None, right: Implementation | None = None) -> Implementation:
+    """The right implementation (None: the tiled one) with this mistake, or with none."""
+    if right is None or mutation in INSIDE:
+        right = Implementation("tiled", partial(tiled_attention, mutation=mutation))
+    if mutation is None:
+        return right
+    name = f"{right.name}, {mutation.value}"
+    if mutation in INSIDE:
+        return Implementation(name, right.attention)
+    return Implementation(name, partial(_mutated, right.attention, mutation))
 
 
 def run_mutations(
-    cases: Sequence[Case], device: torch.device, progress: Callable[[], None] = lambda: None
+    cases: Sequence[Case],
+    device: torch.device,
+    right: Implementation | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Iterator[MutationResult]:
-    """Judge the unmutated implementation and each mutation on the cases; `progress` is called after each case."""
+    """Judge the unmutated implementation and each mutation on the cases that it takes; `progress` is called after each."""
     versions: list[Mutation | None] = [None, *Mutation]
     failed: dict[Mutation | None, list[CaseResult]] = {version: [] for version in versions}
+    taken = 0
     for case in cases:
         prepared = prepare(case, device)
-        for version in versions:
-            result = judge(prepared, implementation(version))
-            if result.verdict != "passed":
-                failed[version].append(result)
+        if right is None or right.reject(case, prepared.inputs) is None:
+            taken += 1
+            for version in versions:
+                result = judge(prepared, implementation(version, right))
+                if result.verdict != "passed":
+                    failed[version].append(result)
         progress()
     for version in versions:
-        yield MutationResult(version, len(cases), tuple(failed[version]))
+        yield MutationResult(version, taken, tuple(failed[version]))
+
+
+def _mutated(
+    attention: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]],
+    mutation: Mutation,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: bool,
+    layout: str,
+    attn_mask: torch.Tensor | None,
+    **options: object,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` as if it made this mistake."""
+    rows = 1 if layout == "bshd" else 2
+    if mutation is Mutation.SWAPPED_KV:
+        k, v = v, k
+    if mutation is Mutation.SKIPPED_LAST_TILE and k.shape[rows] > 1:
+        keys = max(1, k.shape[rows] - _BLOCK_N)
+        k, v = k.narrow(rows, 0, keys), v.narrow(rows, 0, keys)
+        attn_mask = None if attn_mask is None else attn_mask[..., :keys]
+    result = attention(q, k, v, return_lse=return_lse, layout=layout, attn_mask=attn_mask, **options)
+    o, lse = result if isinstance(result, tuple) else (result, None)
+    if mutation is Mutation.SCALED_OUTPUT:
+        o = o * 0.95
+    if mutation is Mutation.UNWRITTEN_ROW and o.numel():
+        written = o.shape[rows] - 1
+        o, whole = torch.empty_like(o), o
+        o.narrow(rows, 0, written).copy_(whole.narrow(rows, 0, written))
+    if mutation is Mutation.ONE_NAN and o.numel():
+        o[0, 0, 0, 0] = math.nan
+    if lse is None:
+        return o
+    return o, (lse / math.log(2) if mutation is Mutation.BASE_2_LSE else lse)
 
 
 def tiled_attention(
@@ -81,9 +134,7 @@ def tiled_attention(
     mutation: Mutation | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flashcore.attention` as an online softmax over tiles of keys, in plain PyTorch: float32 state, weights cast to
-    v's dtype, as a kernel does it. All query rows at once."""
-    if mutation is Mutation.SWAPPED_KV:
-        k, v = v, k
+    v's dtype, as a kernel does it. All query rows at once. `mutation`: a mistake of INSIDE to make."""
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads_q, seqlen_q, head_dim = q.shape
@@ -99,14 +150,13 @@ def tiled_attention(
     m = torch.full((batch, heads_q, seqlen_q, 1), -math.inf, device=q.device)
     l = torch.zeros_like(m)  # noqa: E741  (the field's name for the running sum)
     acc = torch.zeros(batch, heads_q, seqlen_q, dim_v, device=q.device)
-    starts = list(range(0, seqlen_k, _BLOCK_N))
-    if mutation is Mutation.SKIPPED_LAST_TILE:
-        starts = starts[:-1]
-    for start in starts:
+    for start in range(0, seqlen_k, _BLOCK_N):
         tile = slice(start, min(start + _BLOCK_N, seqlen_k))
         key = torch.arange(tile.start, tile.stop, device=q.device)[None, :]
+        # what is read, which is right but for the mutation
+        read = slice(0, tile.stop - start) if mutation is Mutation.STALE_TILE and start == _BLOCK_N else tile
         # [B, H, M, N]
-        s = (q.float() @ k[:, :, tile].float().transpose(-1, -2)) * scale
+        s = (q.float() @ k[:, :, read].float().transpose(-1, -2)) * scale
         if softcap > 0:
             s = softcap * torch.tanh(s / softcap)
         allowed = torch.ones_like(s, dtype=torch.bool)
@@ -126,7 +176,7 @@ def tiled_attention(
         pivot = m_new.masked_fill(m_new == -math.inf, 0.0)
         p = torch.exp(s - pivot)
         alpha = torch.exp(m - pivot)
-        values = v[:, :, tile].float()
+        values = v[:, :, read].float()
         values = values.masked_fill(~allowed.any(dim=-2)[..., None], 0.0)
         l = l * alpha + p.sum(dim=-1, keepdim=True)  # noqa: E741  (as above)
         if mutation is not Mutation.DROPPED_RESCALE:
@@ -134,17 +184,10 @@ def tiled_attention(
         acc = acc + p.to(v.dtype).float() @ values
         m = m_new
 
-    result = acc / l.masked_fill(l == 0, 1.0)
-    if mutation is Mutation.SCALED_OUTPUT:
-        result = result * 0.95
+    result = (acc / l.masked_fill(l == 0, 1.0)).to(q.dtype)
     # In the layout's own order, so that o is freshly allocated with stride 1 in the last dimension.
-    result = result.to(q.dtype)
     o = torch.empty_like(result.transpose(1, 2) if layout == "bshd" else result, memory_format=torch.contiguous_format)
-    rows = o.transpose(1, 2) if layout == "bshd" else o
-    written = seqlen_q - 1 if mutation is Mutation.UNWRITTEN_ROW else seqlen_q
-    rows[:, :, :written] = result[:, :, :written]
-    if mutation is Mutation.ONE_NAN and o.numel():
-        rows[0, 0, 0, 0] = math.nan
+    (o.transpose(1, 2) if layout == "bshd" else o).copy_(result)
     if not return_lse:
         return o
     return o, (m + l.log()).squeeze(-1)

@@ -1,5 +1,7 @@
 """The JSON file that a verification leaves: what ran where, and for each binary which cases it passed.
 
+A case has a record under each implementation that was verified.
+
 This is the raw material of evidence, so it says everything and interprets nothing: whether a record proves anything
 of a binary is for evidence.py to decide.
 """
@@ -7,14 +9,15 @@ of a binary is for evidence.py to decide.
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from flashcore.environment import Environment, collect
-from flashcore.verify.suite import CaseResult, Verdict
+from flashcore.verify.suite import VERDICTS, CaseResult, Verdict
 from flashcore.verify.tolerance import Comparison
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -33,9 +36,14 @@ class Error(_Model):
 
 
 class CaseRecord(_Model):
-    """One case. output and lse are None where nothing was compared; reason is "" when it passed."""
+    """One case under one implementation. output and lse are None where nothing was compared; reason is "" when it passed.
+
+    implementation is the one that was asked for, impl the one that the plan of the call named; they differ under "auto".
+    """
 
     name: str
+    # the default is for records from when there was one kernel
+    implementation: str = "portable"
     verdict: Verdict
     reason: str
     output: Error | None
@@ -60,8 +68,9 @@ class BinaryRecord(_Model):
 class VerifyRecord(_Model):
     """A whole run. `binaries` is keyed by SHA-256; it is empty where kernels were interpreted.
 
-    environment holds the time, the command line and the hash of each kernel's source. suite and only say which cases
-    were asked for, so that a partial run cannot pass for a full one.
+    implementation is what was asked for: one by name, or verify/subject.py's OURS for every kernel of ours. The counts are
+    of the records in `cases`. environment holds the time, the command line and the hash of each kernel's source. suite and
+    only say which cases were asked for, so that a partial run cannot pass for a full one.
     """
 
     schema_version: Literal[1]
@@ -74,6 +83,7 @@ class VerifyRecord(_Model):
     passed: int
     failed: int
     skipped: int
+    rejected: int = 0
     binaries: dict[str, BinaryRecord]
     cases: tuple[CaseRecord, ...]
 
@@ -97,9 +107,7 @@ def write(
         interpreted=interpreted,
         suite=suite,
         only=only,
-        passed=sum(result.verdict == "passed" for result in results),
-        failed=sum(result.verdict == "failed" for result in results),
-        skipped=sum(result.verdict == "skipped" for result in results),
+        **counts(results),
         binaries=_binaries(results),
         cases=tuple(map(_case, results)),
     )
@@ -114,6 +122,12 @@ def write(
         os.unlink(temporary)
         raise
     return record
+
+
+def counts(results: Iterable[CaseResult | CaseRecord]) -> dict[Verdict, int]:
+    """How many results there are of each verdict."""
+    found = Counter(result.verdict for result in results)
+    return {verdict: found[verdict] for verdict in VERDICTS}
 
 
 def read(path: Path) -> VerifyRecord:
@@ -142,6 +156,7 @@ def _case(result: CaseResult) -> CaseRecord:
     ran = result.ran
     return CaseRecord(
         name=result.case.name,
+        implementation=result.implementation,
         verdict=result.verdict,
         reason=result.reason,
         output=_error(result.output),

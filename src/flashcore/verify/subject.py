@@ -1,25 +1,41 @@
 """FlashCore itself as something to verify."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 import flashcore
 from flashcore.errors import ArgumentValueError
+from flashcore.kernels.binding import Binding
+from flashcore.kernels.registry import BINDINGS
 from flashcore.plan import IMPLS, Plan
 from flashcore.runtime import engine
-from flashcore.spec import Options
+from flashcore.spec import AttentionSpec, Options
+from flashcore.target import Target
+from flashcore.verify.cases import Case
+from flashcore.verify.inputs import Inputs
 from flashcore.verify.suite import Implementation
 
+# Every kernel of ours, each case under all of them that take it: what evidence is made of.
+OURS = "ours"
 
-def flashcore_implementation(impl: str) -> Implementation:
-    """`flashcore.attention`, its SDPA entry and their plans, with `impl` bound.
+
+def flashcore_implementations(impl: str) -> tuple[Implementation, ...]:
+    """What `impl` stands for: "ours" for every kernel of ours, in the planner's order, else the one implementation.
 
     Raises:
         ArgumentValueError: there is no such impl.
     """
+    if impl == OURS:
+        return tuple(map(_implementation, BINDINGS))
     if impl not in IMPLS:
-        raise ArgumentValueError(f"impl: got {impl!r}; allowed: {', '.join(map(repr, IMPLS))}")
+        raise ArgumentValueError(f"impl: got {impl!r}; allowed: {', '.join(map(repr, (OURS, *IMPLS)))}")
+    return (_implementation(impl),)
+
+
+def _implementation(impl: str) -> Implementation:
+    """`flashcore.attention`, its SDPA entry and their plans, with `impl` bound."""
     attention = partial(flashcore.attention, impl=impl)
     explain = partial(flashcore.explain, impl=impl)
     if impl == "auto":
@@ -27,7 +43,21 @@ def flashcore_implementation(impl: str) -> Implementation:
         return Implementation(impl, attention, sdpa, explain, explain_sdpa)
     # torch's signature has no impl, and auto would pass over a kernel that has no evidence yet: a named one is reached
     # by what scaled_dot_product_attention itself calls.
-    return Implementation(impl, attention, partial(_sdpa, impl), explain, partial(_explain_sdpa, impl))
+    named = Implementation(impl, attention, partial(_sdpa, impl), explain, partial(_explain_sdpa, impl))
+    return replace(named, reject=partial(_reject, BINDINGS[impl])) if impl in BINDINGS else named
+
+
+def _reject(binding: Binding, case: Case, inputs: Inputs) -> str | None:
+    """Why a kernel does not take a case on the inputs' device. That it has no binary for it would be no such reason."""
+    spec = spec_of(case, inputs)
+    target = Target.of(spec.device)
+    return binding.reject(spec, target.arch, target.interpreted)
+
+
+def spec_of(case: Case, inputs: Inputs) -> AttentionSpec:
+    """What the case's call asks for."""
+    options = Options.check(**case.options, layout=case.layout, top_left=case.top_left)
+    return AttentionSpec.from_tensors(inputs.q, inputs.k, inputs.v, inputs.attn_mask, options, return_lse=case.return_lse)
 
 
 def _sdpa(

@@ -1,11 +1,11 @@
-"""Runs cases on an implementation and judges them. A case that raises has failed; it never stops the rest."""
+"""Runs cases on implementations and judges them. A case that raises has failed; it never stops the rest."""
 
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -20,7 +20,10 @@ RUNS = 3
 # The largest case computes for well under a second; a first call may compile, which takes some tens.
 HANG_SECONDS = 180.0
 
-Verdict = Literal["passed", "failed", "skipped"]
+# skipped: this machine cannot run the case. rejected: the implementation says that it does not take such a call. Neither
+# proves anything; only rejected is the implementation's own doing.
+Verdict = Literal["passed", "failed", "skipped", "rejected"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 class Specialisation(Protocol):
@@ -49,7 +52,8 @@ class Implementation:
 
     attention has the signature of `flashcore.attention` without impl (already bound), sdpa that of torch's
     scaled_dot_product_attention; explain and explain_sdpa take the same arguments and return the plan of the call.
-    Without sdpa the cases of that entry are skipped, without explain results name no binary.
+    Without sdpa the cases of that entry are skipped, without explain results name no binary. reject says why it does not
+    take a case, or None when it does; a call that raises in spite of that has failed.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Implementation:
     sdpa: Callable[..., torch.Tensor] | None = None
     explain: Callable[..., Plan] | None = None
     explain_sdpa: Callable[..., Plan] | None = None
+    reject: Callable[[Case, Inputs], str | None] = lambda case, inputs: None
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,11 @@ class Ran:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of one case. reason is "" when it passed; output and lse are None where nothing was compared."""
+    """What came of one case under one implementation, by name. reason is "" when it passed; output and lse are None where
+    nothing was compared."""
 
     case: Case
+    implementation: str
     verdict: Verdict
     reason: str
     output: Comparison | None = None
@@ -111,40 +118,56 @@ def prepare(case: Case, device: torch.device) -> Prepared:
     return Prepared(case, inputs, ref, lse, twin)
 
 
-def run_suite(cases: Sequence[Case], implementation: Implementation, device: torch.device) -> Iterator[CaseResult]:
-    """Run the cases one after the other, yielding each result as it comes."""
+def run_suite(cases: Sequence[Case], implementations: Sequence[Implementation], device: torch.device) -> Iterator[CaseResult]:
+    """Run the cases one after the other, each under every implementation, yielding each result as it comes."""
     for case in cases:
-        yield run_case(case, implementation, device)
+        yield from run_case(case, implementations, device)
 
 
-def run_case(case: Case, implementation: Implementation, device: torch.device) -> CaseResult:
-    """Prepare and judge one case. On a GPU a hang ends the process (see watchdog.py)."""
-    skip = _why_skip(case, implementation, device)
-    if skip:
-        return CaseResult(case, "skipped", skip)
-    guard = watchdog(HANG_SECONDS, f"case {case.name}") if device.type == "cuda" else nullcontext()
-    with guard:
-        try:
-            return judge(prepare(case, device), implementation)
-        except Exception as error:  # the suite goes on to the next case; the text is the result
-            return CaseResult(case, "failed", _describe(error))
-        finally:
-            if device.type == "cuda" and case.needs_bytes:
-                torch.cuda.empty_cache()
+def run_case(case: Case, implementations: Sequence[Implementation], device: torch.device) -> list[CaseResult]:
+    """Prepare one case and judge it under each implementation, in order. On a GPU a hang ends the process (watchdog.py)."""
+    reasons = {implementation.name: _why_skip(case, implementation, device) for implementation in implementations}
+    if all(reasons.values()):
+        return [CaseResult(case, name, "skipped", reason) for name, reason in reasons.items()]
+    results = []
+    try:
+        with _guard(case, "its inputs and the float64 result", device):
+            prepared = prepare(case, device)
+        for implementation in implementations:
+            skip = reasons[implementation.name]
+            if skip:
+                results.append(CaseResult(case, implementation.name, "skipped", skip))
+                continue
+            with _guard(case, implementation.name, device):
+                results.append(judge(prepared, implementation))
+    except Exception as error:  # the suite goes on to the next case; the text is the result
+        results = [CaseResult(case, name, "failed", _describe(error)) for name in reasons]
+    finally:
+        if device.type == "cuda" and case.needs_bytes:
+            torch.cuda.empty_cache()
+    return results
+
+
+def _guard(case: Case, what: str, device: torch.device) -> AbstractContextManager[None]:
+    return watchdog(HANG_SECONDS, f"case {case.name}: {what}") if device.type == "cuda" else nullcontext()
 
 
 def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
     """Run the implementation RUNS times on prepared inputs, memory poisoned, and compare. Never raises."""
-    case, inputs = prepared.case, prepared.inputs
+    case, inputs, name = prepared.case, prepared.inputs, implementation.name
     device = inputs.q.device
     started = time.perf_counter()
     ran: Ran | None = None
     try:
+        refusal = implementation.reject(case, inputs)
+        if refusal is not None:
+            return CaseResult(case, name, "rejected", refusal)
         explain = implementation.explain_sdpa if case.entry == "sdpa" else implementation.explain
         if explain is not None:
             ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
         if case.dead_nan and ran is not None and ran.impl == "torch":
-            return CaseResult(case, "skipped", "run by PyTorch, in which NaN in a masked key may reach the output", ran=ran)
+            why = "run by PyTorch, in which NaN in a masked key may reach the output"
+            return CaseResult(case, name, "skipped", why, ran=ran)
         before = _fingerprint(inputs)
         with poisoned_memory(device):
             out, lse = _call(prepared, implementation)
@@ -161,7 +184,7 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
         output = compare_output(out, prepared.ref, prepared.twin)
         lse_result = None if lse is None else compare_lse(lse, prepared.lse, case.dtype)
     except Exception as error:  # a case that raises has failed, and says how
-        return CaseResult(case, "failed", _describe(error), ran=ran, seconds=time.perf_counter() - started)
+        return CaseResult(case, name, "failed", _describe(error), ran=ran, seconds=time.perf_counter() - started)
 
     if not output.passed:
         reasons.append(f"output: {output.reason}")
@@ -171,6 +194,7 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
         reasons.append(f"{RUNS} runs on the same input are not bitwise equal")
     return CaseResult(
         case,
+        name,
         "failed" if reasons else "passed",
         "; ".join(reasons),
         output=output,

@@ -1,4 +1,7 @@
-"""What binds a call to a binary of the portable forward kernel: constants, arguments, grid. Needs no compiler."""
+"""What binds a call to a binary of the portable forward kernel: constants, arguments, grid. Needs no compiler.
+
+A `Binding`, as kernels/binding.py describes it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ from typing import Literal
 
 import torch
 
+from flashcore.kernels.arguments import Argument, Pointer
 from flashcore.kernels.portable.config import PortableConfig
 from flashcore.kernels.portable.tuning import Kind, choose_config, configurations
 from flashcore.kernels.specialisation import Parameter, Specialisation
 from flashcore.spec import AttentionSpec
 
 KERNEL = "portable_forward"
-POINTERS = ("q_ptr", "k_ptr", "v_ptr", "mask_ptr", "o_ptr", "lse_ptr")
+IMPL = "portable"
+POINTERS = tuple(Pointer(name) for name in ("q", "k", "v", "mask", "o", "lse"))
 STRIDES = tuple(
     f"stride_{t}{d}" for t, dims in (("q", "bhs"), ("k", "bhs"), ("v", "bhs"), ("m", "bhqk"), ("o", "bhs")) for d in dims
 )
@@ -112,10 +117,14 @@ def specialise(features: Features, config: PortableConfig) -> Specialisation:
     vector = 16 // features.dtype.itemsize if features.aligned else 1
     element = TYPE_NAMES[features.dtype]
     mask_element = "u8" if features.mask == "bool" else TYPE_NAMES[features.mask_dtype or features.dtype]
-    pointer_types = {"mask_ptr": f"*{mask_element}", "lse_ptr": "*fp32"}
+    pointer_types = {"mask": f"*{mask_element}", "lse": "*fp32"}
     parameters = [
-        Parameter(name, pointer_types.get(name, f"*{element}"), 16 if features.aligned and name != "mask_ptr" else 1)
-        for name in POINTERS
+        Parameter(
+            f"{pointer.tensor}_ptr",
+            pointer_types.get(pointer.tensor, f"*{element}"),
+            16 if features.aligned and pointer.tensor != "mask" else 1,
+        )
+        for pointer in POINTERS
     ]
     parameters += [Parameter(name, "i64", 1 if name.startswith("stride_m") else vector) for name in STRIDES]
     parameters += [Parameter(name, "i32", vector if name.startswith("head_dim") else 1) for name in INTEGERS]
@@ -154,15 +163,15 @@ def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisa
     return specialise(features, choose_config(features.kind, features.block_d, arch, rows, sm_count))
 
 
-def grid(spec: AttentionSpec, specialisation: Specialisation) -> int:
-    """Number of programs of a call: one for each BLOCK_M rows of each head."""
+def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
+    """Number of programs of a call: one for each BLOCK_M rows of each head, whatever the GPU's size."""
     block_m = dict(specialisation.constants)["BLOCK_M"]
     assert isinstance(block_m, int)
     return -(-spec.seqlen_q // block_m) * spec.batch * spec.heads_q
 
 
-def scalars(spec: AttentionSpec, specialisation: Specialisation) -> tuple[int | float, ...]:
-    """The values of every parameter after the pointers, in the kernel's order."""
+def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argument, ...]:
+    """What fills the kernel's parameters, in their order."""
     fold_scale = dict(specialisation.constants)["FOLD_SCALE"]
     mask_strides = (0, 0, 0, 0) if spec.mask is None else spec.mask.strides
     rows, heads = spec.head_dim_v * spec.heads_q, spec.head_dim_v
@@ -170,6 +179,7 @@ def scalars(spec: AttentionSpec, specialisation: Specialisation) -> tuple[int | 
         rows, heads = spec.head_dim_v, spec.head_dim_v * spec.seqlen_q
     o_strides = (spec.head_dim_v * spec.heads_q * spec.seqlen_q, heads, rows)
     return (
+        *POINTERS,
         *spec.q_strides,
         *spec.k_strides,
         *spec.v_strides,
@@ -187,6 +197,28 @@ def scalars(spec: AttentionSpec, specialisation: Specialisation) -> tuple[int | 
         spec.softcap,
         int(spec.return_lse),
     )
+
+
+def needs_counter(specialisation: Specialisation) -> bool:
+    """Never: a program does its own tile and no other."""
+    return False
+
+
+def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:
+    """The matrix instruction that a binary must hold; None where it is meant to hold none."""
+    constants = dict(specialisation.constants)
+    element = next(p.type for p in specialisation.parameters if p.name == "q_ptr")
+    if element == "*fp32" and constants["PRECISION"] == "ieee":
+        return None  # float32 means float32: no matrix unit computes that
+    # wgmma and tcgen05 work on 64 rows and four warps; smaller tiles are mma.sync's
+    block_m = constants["BLOCK_M"]
+    assert isinstance(block_m, int)
+    whole_warpgroup = block_m >= 64 and specialisation.num_warps >= 4
+    if arch == "sm_90a" and whole_warpgroup:
+        return "HGMMA"
+    if arch in ("sm_100a", "sm_103a") and whole_warpgroup:
+        return "UTCHMMA"
+    return "HMMA"
 
 
 def shipped(arch: str) -> tuple[Specialisation, ...]:

@@ -1,0 +1,226 @@
+"""What binds a call to a binary of the Hopper forward kernel: constants, arguments, grid. Needs no compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
+from flashcore.kernels.hopper.config import HEAD_DIMS, REGISTERS, WARPGROUP_ROWS, HopperConfig, choose_config, configurations
+from flashcore.kernels.specialisation import Parameter, Specialisation
+from flashcore.spec import AttentionSpec
+
+KERNEL = "hopper_forward"
+IMPL = "hopper"
+ARCH = "sm_90a"
+INTEGERS = ("heads", "heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "band_lo", "band_hi", "group_heads")
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+# Causal tiles are taken from a group of heads, longest first. The group's keys and values are to stay in L2, of which an H200
+# has 50 MB; fewer than 16 heads, or more than 64, cost more than they save (docs/notes/hopper-forward.md).
+L2_BUDGET = 32 * 2**20
+GROUP_HEADS = (16, 64)
+MAX_TILES = 2**30
+
+BandKind = Literal["none", "causal", "window"]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a call needs compiled in. A softcap shares the code of the most general band, whose empty loops cost it little."""
+
+    dtype: torch.dtype
+    head_dims: tuple[int, int]
+    band: BandKind
+    softcap: bool
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> Features:
+        band: BandKind = "window"
+        if spec.band.lo is None and spec.softcap == 0:
+            band = "none" if spec.band.hi is None else "causal"
+        return cls(spec.dtype, _padded_head_dims(spec.head_dim, spec.head_dim_v), band, spec.softcap != 0)
+
+    @property
+    def name(self) -> str:
+        """A short readable id; what is usual is left out."""
+        head_dim, head_dim_v = self.head_dims
+        dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}v{head_dim_v}"
+        return "-".join([TYPE_NAMES[self.dtype], dims, self.band, *(["softcap"] if self.softcap else [])])
+
+
+def _padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The smallest of HEAD_DIMS that holds a call's."""
+    return next((d, dv) for d, dv in HEAD_DIMS if head_dim <= d and head_dim_v <= dv)
+
+
+def _attended_keys(spec: AttentionSpec) -> tuple[int, int]:
+    """[first, last) of the keys that some row attends. The others are left out of the maps, so that they are never read."""
+    first = 0 if spec.band.lo is None else max(0, spec.band.lo)
+    last = spec.seqlen_k if spec.band.hi is None else min(spec.seqlen_k, spec.seqlen_q + spec.band.hi)
+    return first, last
+
+
+def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | None:
+    """Why this kernel cannot run a call on a device, or None when it can."""
+    if interpreted or arch != ARCH:
+        return f"needs a Hopper GPU ({ARCH}); got {'the interpreter' if interpreted else arch or f'device {spec.device}'}"
+    if spec.dtype not in TYPE_NAMES:
+        return f"takes float16 and bfloat16; got {str(spec.dtype).removeprefix('torch.')}"
+    if spec.mask is not None:
+        return "takes no mask"
+    if spec.needs_grad:
+        return "has no backward pass yet, and a gradient is needed"
+    if not spec.scale > 0:
+        return f"needs a scale > 0; got {spec.scale}"
+    if not (spec.contiguous_last and spec.aligned):
+        return (
+            "needs stride 1 in the last dimension, and head dims, other strides and addresses that are multiples of 16 bytes "
+            "(8 elements)"
+        )
+    first, last = _attended_keys(spec)
+    if first >= last:
+        return "needs a key that some query may attend"
+    if -(-spec.seqlen_q // WARPGROUP_ROWS) * spec.batch * spec.heads_q > MAX_TILES:
+        return f"takes at most {MAX_TILES} tiles of {WARPGROUP_ROWS} rows"
+    return None
+
+
+def specialise(features: Features, config: HopperConfig) -> Specialisation:
+    """The binary for these features in this form."""
+    element = TYPE_NAMES[features.dtype]
+    consumer_registers, producer_registers = REGISTERS[config.warpgroups]
+    parameters: list[Parameter] = []
+    constants: dict[str, int | bool | str | None] = {
+        "WARPGROUPS": config.warpgroups,
+        "BLOCK_N": config.block_n,
+        "Q_SLOTS": config.q_slots,
+        "KV_SLOTS": config.kv_slots,
+        "Q_REGISTERS": config.q_registers,
+        "O_SHARES_Q": config.o_shares_q,
+        "JOIN_TILES": config.join_tiles,
+        "SKIP_RESCALE": config.skip_rescale,
+        "EMULATE_EXP2": config.emulate_exp2,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "PRODUCER_REGISTERS": producer_registers,
+        "HAS_LO": features.band == "window",
+        "HAS_HI": features.band != "none",
+        "SOFTCAP": features.softcap,
+    }
+    for name, _, rows, columns in _maps(features.head_dims, config):
+        if columns == 0:
+            constants[name] = None
+        else:
+            parameters.append(Parameter(name, f"tensormap<{element}[1,1,{rows},{columns}]>"))
+    parameters += [Parameter("lse_ptr", "*fp32"), Parameter("counter_ptr", "*i32")]
+    parameters += [Parameter(name, "i32") for name in INTEGERS]
+    parameters += [Parameter("scale", "fp32"), Parameter("cap_scale", "fp32"), Parameter("store_lse", "i32")]
+    return Specialisation(
+        kernel=KERNEL,
+        name=f"{KERNEL}-{features.name}-{config.name}",
+        parameters=tuple(parameters),
+        constants=tuple(sorted(constants.items())),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _maps(head_dims: tuple[int, int], config: HopperConfig) -> list[tuple[str, TensorName, int, int]]:
+    """(parameter, tensor, rows, columns) of each tensor map in the kernel's order.
+
+    A head dim that is no power of two takes two maps, for the greatest power in it and for the rest; 0 columns: no second map.
+    """
+    rows = {"q": WARPGROUP_ROWS, "k": config.block_n, "v": config.block_n, "o": WARPGROUP_ROWS}
+    tensors: tuple[TensorName, ...] = ("q", "k", "v", "o")
+    found = []
+    for suffix in ("map", "tail_map"):
+        for tensor in tensors:
+            head_dim = head_dims[tensor in ("v", "o")]
+            main = 1 << (head_dim.bit_length() - 1)
+            found.append((f"{tensor}_{suffix}", tensor, rows[tensor], main if suffix == "map" else head_dim - main))
+    return found
+
+
+def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
+    """The binary that a call on a GPU runs."""
+    features = Features.of(spec)
+    return specialise(features, choose_config(features.head_dims, features.band, spec.seqlen_k))
+
+
+def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
+    """Number of programs of a call: one a multiprocessor, where there are as many tiles."""
+    warpgroups = dict(specialisation.constants)["WARPGROUPS"]
+    assert isinstance(warpgroups, int)
+    return min(sm_count, -(-spec.seqlen_q // (warpgroups * WARPGROUP_ROWS)) * spec.batch * spec.heads_q)
+
+
+def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argument, ...]:
+    """What fills the kernel's parameters, in their order."""
+    o_strides = (spec.seqlen_q * spec.heads_q * spec.head_dim_v, spec.head_dim_v, spec.heads_q * spec.head_dim_v)
+    if spec.layout == "bhsd":
+        o_strides = (o_strides[0], spec.seqlen_q * spec.head_dim_v, spec.head_dim_v)
+    first, last = _attended_keys(spec)
+    queries = (spec.batch, spec.heads_q, spec.seqlen_q)
+    keys = (spec.batch, spec.heads_k, last - first)
+    maps = {
+        "q": TensorMap("q", (*queries, spec.head_dim), (*spec.q_strides, 1)),
+        "k": TensorMap("k", (*keys, spec.head_dim), (*spec.k_strides, 1), first * spec.k_strides[2]),
+        "v": TensorMap("v", (*keys, spec.head_dim_v), (*spec.v_strides, 1), first * spec.v_strides[2]),
+        "o": TensorMap("o", (*queries, spec.head_dim_v), (*o_strides, 1)),
+    }
+    log2_e = math.log2(math.e)
+    capped = spec.softcap > 0
+    return (
+        *(maps[p.name.split("_")[0]] for p in specialisation.parameters if p.tile is not None),
+        Pointer("lse"),
+        Pointer("counter"),
+        spec.batch * spec.heads_q,
+        spec.heads_q,
+        spec.heads_q // spec.heads_k,
+        spec.seqlen_q,
+        last - first,
+        # limits that exclude nothing, where there are none
+        -spec.seqlen_q if spec.band.lo is None else max(-spec.seqlen_q, spec.band.lo - first),
+        spec.seqlen_k if spec.band.hi is None else min(spec.seqlen_k, spec.band.hi - first),
+        _group_heads(spec),
+        (spec.softcap if capped else spec.scale) * log2_e,
+        2 * log2_e * spec.scale / spec.softcap if capped else 0.0,
+        int(spec.return_lse),
+    )
+
+
+def _group_heads(spec: AttentionSpec) -> int:
+    """Query heads whose tiles are taken together: whole groups of those that share keys and values."""
+    heads_per_kv = spec.heads_q // spec.heads_k
+    if spec.band.hi is None:
+        return heads_per_kv  # every tile is as long; then one head after the other is best
+    bytes_of_head = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
+    least, most = GROUP_HEADS
+    wanted = min(most, max(least, L2_BUDGET // bytes_of_head * heads_per_kv))
+    return min(spec.batch * spec.heads_q, -(-wanted // heads_per_kv) * heads_per_kv)
+
+
+def needs_counter(specialisation: Specialisation) -> bool:
+    """Blocks draw their tiles from it."""
+    return True
+
+
+def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:
+    """wgmma, always."""
+    return "HGMMA"
+
+
+def shipped(arch: str) -> tuple[Specialisation, ...]:
+    """The specialisations that a wheel holds for an arch: all there are."""
+    if arch != ARCH:
+        return ()
+    forms: tuple[tuple[BandKind, bool], ...] = (("none", False), ("causal", False), ("window", False), ("window", True))
+    return tuple(
+        specialise(Features(dtype, head_dims, band, softcap), config)
+        for dtype in TYPE_NAMES
+        for head_dims in HEAD_DIMS
+        for band, softcap in forms
+        for config in configurations(head_dims, band)
+    )

@@ -1,0 +1,167 @@
+"""The bar of the kernel for Hopper: its cells, its verdicts, and that nothing missed or missing is hidden."""
+
+import io
+import statistics
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from flashcore.bench import bar, work
+from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, ShapeRecord
+from flashcore.bench.bar_view import COLUMNS, bar_view, verdict
+from flashcore.bench.markdown import view_to_markdown
+from flashcore.bench.report import print_report
+from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
+from flashcore.bench.timing import Series
+from flashcore.bench.view import View
+
+Make = Callable[..., Artifact]
+Ratios = Callable[[Shape], float]
+CUDNN_US = 9.0  # what the artifact of conftest.py has for every shape
+
+
+def _artifact(
+    make_artifact: Make, first: Ratios, other: Ratios | None = None, shapes: tuple[Shape, ...] = GRIDS["fa"]
+) -> Artifact:
+    """A run of grid fa in which flashcore-hopper is so many times as fast as cuDNN."""
+
+    def series(us: float, reversed_us: float | None) -> list[SeriesRecord]:
+        warm = SeriesRecord.of(Series("device_warm", 10, (us,) * 3))
+        if reversed_us is None:
+            return [warm]
+        again = SeriesRecord.of(Series("device_reversed", 10, (reversed_us,) * 3))
+        return [warm, again.model_copy(update={"to_first": reversed_us / us})]
+
+    def changed(record: ShapeRecord) -> ShapeRecord:
+        retimed = None if other is None else CUDNN_US
+        ours_again = None if other is None else CUDNN_US / other(record.shape)
+        hopper = ContenderRecord(
+            name=bar.OURS, kind="ours", status="timed", series=series(CUDNN_US / first(record.shape), ours_again)
+        )
+        peer = ContenderRecord(name=bar.PEER, kind="sdpa", status="timed", series=series(CUDNN_US, retimed))
+        auto = ContenderRecord(name="flashcore", kind="ours", status="timed", series=series(CUDNN_US / 2, None))
+        return record.model_copy(update={"contenders": [hopper, peer, auto]})
+
+    artifact = make_artifact(*shapes)
+    settings = artifact.settings.model_copy(update={"grid": "fa", "retime": other is not None})
+    return artifact.model_copy(update={"settings": settings, "shapes": [changed(record) for record in artifact.shapes]})
+
+
+def _wanted(shape: Shape) -> float:
+    return bar.bar_of(shape) or 1.0
+
+
+def _rows(view: View | None) -> dict[str, dict[str, str]]:
+    assert view is not None
+    return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in view.rows}
+
+
+RATIO, OTHER = f"{bar.OURS} / {bar.PEER}", "in the other order"
+
+
+def test_the_bar_has_its_24_cells() -> None:
+    cells = bar.cells()
+    assert len(cells) == 24 and {shape.seqlen_q for shape in cells} == set(bar.LENGTHS)
+    assert {(shape.head_dim, shape.causal) for shape in cells} == {(d, c) for d in (64, 128, 256) for c in (False, True)}
+    by_cell = {(shape.head_dim, shape.seqlen_q, shape.causal): bar.bar_of(shape) for shape in cells}
+    assert by_cell[64, 4096, False] == 1.11 and by_cell[64, 4096, True] == 1.10
+    assert by_cell[128, 1024, False] == 1.03 and by_cell[128, 1024, True] == 1.18
+    assert by_cell[256, 16384, False] == 1.02 and by_cell[256, 16384, True] == 1.04
+    assert bar.bar_of(NAMED_SHAPES["mission"]) is None
+
+
+def test_what_reaches_the_bar_in_both_orders_meets_it(make_artifact: Make) -> None:
+    rows = _rows(bar_view(_artifact(make_artifact, lambda s: _wanted(s) + 0.2, lambda s: _wanted(s) + 0.1)))
+    assert len(rows) == 37
+    for shape in GRIDS["fa"]:
+        row = rows[shape.label]
+        wanted = bar.bar_of(shape)
+        assert row["verdict"] == ("-" if wanted is None else "met")
+        assert row["bar"] == ("-" if wanted is None else f"{wanted:.2f}")
+        assert row[RATIO].startswith(f"{(wanted or 1.0) + 0.2:.3f} [") and row[OTHER] == f"{(wanted or 1.0) + 0.1:.3f}"
+        assert row["flashcore / sdpa-cudnn"] == "2.000"
+    mean = rows["geometric mean of the bar's 24 cells"]
+    of_cells = statistics.geometric_mean(_wanted(shape) + 0.2 for shape in bar.cells())
+    assert mean[RATIO] == f"{of_cells:.3f}" and mean["verdict"] == "met"
+
+
+def test_a_miss_is_shown_in_its_row_and_in_the_mean(make_artifact: Make) -> None:
+    slow = next(shape for shape in bar.cells() if (shape.head_dim, shape.seqlen_q, shape.causal) == (128, 4096, True))
+
+    def first(shape: Shape) -> float:
+        return 1.21 if shape == slow else 1.0
+
+    rows = _rows(bar_view(_artifact(make_artifact, first, first)))
+    assert rows[slow.label]["verdict"] == "missed" and rows[slow.label]["bar"] == "1.22"
+    verdicts = [row["verdict"] for row in rows.values()]
+    # only the four cells of D 256 whose bar is 1 are met
+    assert (verdicts.count("met"), verdicts.count("missed")) == (4, 21)
+    assert rows["geometric mean of the bar's 24 cells"]["verdict"] == "missed"
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "words"),
+    [
+        (1.10, 1.10, "met"),
+        (1.0999, 1.10, "missed in one order"),
+        (1.2, 1.0, "missed in one order"),
+        (1.0, 1.09, "missed"),
+        (1.2, None, "met, in one order"),
+        (1.0, None, "missed"),
+        (None, None, "not timed"),
+        (None, 1.2, "not timed"),
+    ],
+)
+def test_verdicts(first: float | None, other: float | None, words: str) -> None:
+    assert verdict(1.10, first, other) == words
+
+
+def test_a_cell_that_was_not_timed_leaves_no_mean(make_artifact: Make) -> None:
+    whole = _artifact(make_artifact, lambda s: 2.0)
+    failed = ContenderRecord(name=bar.OURS, kind="ours", status="wrong", reason="max error")
+    record = whole.shapes[0].model_copy(update={"contenders": [failed, *whole.shapes[0].contenders[1:]]})
+    rows = _rows(bar_view(whole.model_copy(update={"shapes": [record, *whole.shapes[1:]]})))
+    assert rows[GRIDS["fa"][0].label]["verdict"] == "not timed" and rows[GRIDS["fa"][0].label][RATIO] == "-"
+    mean = rows["geometric mean of the bar's 24 cells"]
+    assert (mean[RATIO], mean["verdict"]) == ("-", "not timed")
+    # cells that are not of the bar are not missed from it
+    of_bar = _rows(bar_view(_artifact(make_artifact, lambda s: 2.0, shapes=bar.cells())))
+    assert of_bar["geometric mean of the bar's 24 cells"]["verdict"] == "met, in one order"
+
+
+def test_rates_and_the_share_of_the_measured_matrix_rate(make_artifact: Make) -> None:
+    artifact = _artifact(make_artifact, lambda s: 1.5)
+    shape = GRIDS["fa"][0]
+    row = _rows(bar_view(artifact))[shape.label]
+    rate = work.tflops(shape, CUDNN_US / 1.5)
+    assert row["TFLOP/s"] == f"{rate:.0f}" and row["flashcore-hopper us"] == "6.00"
+    assert row["% of matrix rate"] == f"{100 * rate / 650:.1f}"
+    assert row["sdpa-cudnn TFLOP/s"] == f"{work.tflops(shape, CUDNN_US):.0f}"
+
+
+def test_how_far_the_orders_differ_is_said(make_artifact: Make) -> None:
+    moved = GRIDS["fa"][7]
+    view = bar_view(_artifact(make_artifact, lambda s: 1.0, lambda s: 1 / 1.03 if s == moved else 1.0))
+    assert (
+        view is not None and f"by 0.00 % in the median, by +3.00 % at most (flashcore-hopper, {moved.label})" in view.notes[-1]
+    )
+    once = bar_view(_artifact(make_artifact, lambda s: 1.0))
+    assert once is not None and once.notes[-1] == "timed in one order only"
+
+
+def test_only_a_gpu_run_of_its_grid_has_the_table(make_artifact: Make) -> None:
+    artifact = _artifact(make_artifact, lambda s: 1.0)
+    other = artifact.model_copy(update={"settings": artifact.settings.model_copy(update={"grid": "small"})})
+    cpu = artifact.model_copy(update={"environment": artifact.environment.model_copy(update={"gpu": None})})
+    assert bar_view(other) is None and bar_view(cpu) is None
+
+
+def test_terminal_and_markdown_show_it(make_artifact: Make) -> None:
+    artifact = _artifact(make_artifact, lambda s: 1.0)
+    out = io.StringIO()
+    print_report(artifact, Console(file=out, width=250))
+    view = bar_view(artifact)
+    assert view is not None
+    for text in ("the bar, NVIDIA H200", "geometric mean of the bar's 24 cells", "missed", "timed in one order only"):
+        assert text in out.getvalue() and text in view_to_markdown(view)
