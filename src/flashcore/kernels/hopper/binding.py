@@ -103,6 +103,7 @@ def specialise(features: Features, config: HopperConfig) -> Specialisation:
         "JOIN_TILES": config.join_tiles,
         "SKIP_RESCALE": config.skip_rescale,
         "EMULATE_EXP2": config.emulate_exp2,
+        "HOLD_WAIT": config.hold_wait,
         "CONSUMER_REGISTERS": consumer_registers,
         "PRODUCER_REGISTERS": producer_registers,
         "HAS_LO": features.band == "window",

@@ -28,6 +28,7 @@ class HopperConfig:
         two slots of them, and outputs with memory of their own.
     skip_rescale: the output is only multiplied by alpha where alpha is not 1 for some row of the warp.
     emulate_exp2: an eighth of the exponentials is computed by multiply-adds.
+    hold_wait: the compiler is kept from waiting for a warpgroup's products before it has done its exponentials.
     """
 
     warpgroups: int
@@ -39,11 +40,12 @@ class HopperConfig:
     join_tiles: bool = False
     skip_rescale: bool = False
     emulate_exp2: bool = False
+    hold_wait: bool = False
 
     @property
     def name(self) -> str:
         options = (("r", self.q_registers), ("o", self.o_shares_q), ("j", self.join_tiles))
-        more = (("s", self.skip_rescale), ("e", self.emulate_exp2))
+        more = (("s", self.skip_rescale), ("e", self.emulate_exp2), ("h", self.hold_wait))
         letters = "".join(letter for letter, chosen in (*options, *more) if chosen)
         return f"w{self.warpgroups}n{self.block_n}q{self.q_slots}k{self.kv_slots}{letters}"
 
@@ -80,7 +82,7 @@ D64_REGISTERS = HopperConfig(2, 128, 1, 3, q_registers=True, join_tiles=True, em
 # Where keys come in blocks of 64, queries from shared memory would take all of its bandwidth: 192 holds them in registers, and
 # 256, which has none left, is the slower for it.
 ANY_LENGTH = {
-    (96, 96): HopperConfig(2, 128, 2, 2, join_tiles=True),
+    (96, 96): HopperConfig(2, 128, 2, 2, join_tiles=True, hold_wait=True),
     (128, 128): HopperConfig(2, 128, 2, 2, join_tiles=True),
     (192, 128): HopperConfig(2, 128, 1, 2, o_shares_q=True),
     (192, 192): HopperConfig(2, 64, 1, 2, q_registers=True, join_tiles=True),

@@ -11,7 +11,7 @@ s = q k^T * scale * log2(e), and running maximum m, sum l and output o of a row:
 from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, tma, warpgroup_mma, warpgroup_mma_wait
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.shared import Shared
-from flashcore.kernels.hopper.softmax import cap_scores, finish, first_block, next_block
+from flashcore.kernels.hopper.softmax import cap_scores, finish, first_block, hold_until_summed, next_block
 
 
 @gluon.constexpr_function
@@ -144,9 +144,12 @@ def _step(s, use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale
     scores = warpgroup_mma_wait(s.v.PARTS, deps=(scores,))
     scores = _cap_and_mask(s, scores, m0, n, cap_scale, MASKED)
     p_next, alpha, m_i, l_i = next_block(scores, m_i, l_i, scale, s.options.EMULATE_EXP2 and not MASKED)
+    p_next = p_next.to(p.dtype)
+    if s.options.HOLD_WAIT:
+        gl.inline_asm(hold_until_summed, ("f",), [l_i])
     acc, acc_tail = _wait_output(s, acc, acc_tail, 0)
     s.kv_ring.release(use)
-    p = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
+    p = gl.convert_layout(p_next, p.type.layout)
     if s.options.SKIP_RESCALE:
         if gl.inline_asm(any_not_one, ("=r", "f"), [alpha], gl.int32, True) != 0:
             acc, acc_tail = _scale_output(s, acc, acc_tail, alpha)

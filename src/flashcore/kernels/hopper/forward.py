@@ -21,7 +21,8 @@ def hopper_forward(
     heads, heads_q, heads_per_kv, seqlen_q, seqlen_k, band_lo, band_hi, group_heads, scale, cap_scale, store_lse,
     WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, Q_SLOTS: gl.constexpr, KV_SLOTS: gl.constexpr,
     Q_REGISTERS: gl.constexpr, O_SHARES_Q: gl.constexpr, JOIN_TILES: gl.constexpr, SKIP_RESCALE: gl.constexpr,
-    EMULATE_EXP2: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    EMULATE_EXP2: gl.constexpr, HOLD_WAIT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_LO: gl.constexpr, HAS_HI: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale * q k^T [capped, banded]) v; grid = one block a multiprocessor, at most one a tile.
@@ -48,7 +49,7 @@ def hopper_forward(
         heads * tiles_per_head, tiles_per_head, group_heads, heads_q, heads, seqlen_q, seqlen_k, band_lo, band_hi,
         BLOCK_M, BLOCK_N, HAS_LO, HAS_HI,
     )  # fmt: skip
-    options = Options(WARPGROUPS, Q_REGISTERS, O_SHARES_Q, JOIN_TILES, SKIP_RESCALE, EMULATE_EXP2, SOFTCAP)
+    options = Options(WARPGROUPS, Q_REGISTERS, O_SHARES_Q, JOIN_TILES, SKIP_RESCALE, EMULATE_EXP2, HOLD_WAIT, SOFTCAP)
     s = Shared(q, k, v, o, q_ring, kv_ring, announcements, tiles, options)
 
     feed = (s, counter_ptr, heads_per_kv)

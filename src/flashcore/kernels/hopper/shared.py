@@ -16,6 +16,7 @@ class Options:
     JOIN_TILES: gl.constexpr
     SKIP_RESCALE: gl.constexpr
     EMULATE_EXP2: gl.constexpr
+    HOLD_WAIT: gl.constexpr
     SOFTCAP: gl.constexpr
 
 

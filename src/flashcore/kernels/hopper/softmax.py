@@ -27,6 +27,18 @@ def exp2_partly_emulated(outputs, inputs):
     return "\n".join([*lines, "}"])
 
 
+@gluon.constexpr_function
+def hold_until_summed(outputs, inputs):
+    """PTX: something that never happens, and that ptxas cannot place before the sums of a row's exponentials are there.
+
+    It moves a wait for products that stands behind the softmax in front of it, where nothing tells it not to.
+    """
+    ((first, *others),) = inputs
+    lines = ["{ .reg .pred p; .reg .f32 sum;", f"mov.f32 sum, {first};"]
+    lines += [f"add.f32 sum, sum, {other};" for other in others]
+    return "\n".join([*lines, "setp.lt.f32 p, sum, 0f00000000;", "@p nanosleep.u32 0; }"])
+
+
 @gluon.jit
 def cap_scores(s, cap_scale):
     """tanh(s * scale / softcap), with cap_scale = 2 * log2(e) * scale / softcap; the softcap joins the softmax's scale."""
