@@ -15,6 +15,8 @@ Layout = Literal["bshd", "bhsd"]
 LAYOUTS: tuple[str, ...] = ("bshd", "bhsd")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+# Kernels take factors as float32, some of them multiplied by log2(e).
+MAX_FACTOR = 1e38
 # Row and key indices, and their distances, are 32-bit in the kernels.
 MAX_SEQLEN = 2**30
 
@@ -56,12 +58,14 @@ class Options:
         if scale is not None:
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise ArgumentTypeError(f"scale: got {shown(scale)} of type {type(scale).__name__}; allowed: None or a number")
-            if not abs(scale) < math.inf:  # Dynamo traces no math.isfinite of a dynamic float
-                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number")
+            # against inf first: Dynamo traces no math.isfinite of a dynamic float, and no comparison of NaN with another number
+            if not abs(scale) < math.inf or abs(scale) >= MAX_FACTOR:
+                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number under {MAX_FACTOR:g}")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise ArgumentTypeError(f"softcap: got {shown(softcap)} of type {type(softcap).__name__}; allowed: a number >= 0")
-        if not 0 <= softcap < math.inf:
-            raise ArgumentValueError(f"softcap: got {shown(softcap)}; allowed: a finite number >= 0 (0 means no cap)")
+        if not 0 <= softcap < math.inf or softcap >= MAX_FACTOR:
+            allowed = f"allowed: a finite number >= 0 (0 means no cap) under {MAX_FACTOR:g}"
+            raise ArgumentValueError(f"softcap: got {shown(softcap)}; {allowed}")
         return cls(
             causal=causal,
             scale=None if scale is None else float(scale),

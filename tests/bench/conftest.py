@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import cache
 
 import pytest
 
@@ -33,6 +34,7 @@ def _series(median: float) -> list[SeriesRecord]:
     return [SeriesRecord.of(series) for series in measured]
 
 
+@cache  # the intervals take longer than any test; a record is copied to be changed
 def _contender(name: str, median: float) -> ContenderRecord:
     kind = "ours" if name.startswith("flashcore") else "sdpa"
     correctness = Correctness(checked="all", max_abs=1e-4, mean_abs=1e-5, bound=1e-3, passed=True, reason="")

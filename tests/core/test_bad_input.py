@@ -65,7 +65,7 @@ TENSORS = [
 OPTIONS = [
     *(
         Bad(f"scale-{x}", {"scale": x}, ValueError, ("scale:", str(x), "finite number"))
-        for x in (math.nan, math.inf, -math.inf)
+        for x in (math.nan, math.inf, -math.inf, 1e39)
     ),
     *(Bad(f"scale-{x!r}", {"scale": x}, TypeError, ("scale:", repr(x), "None or a number")) for x in (True, "1", [0.5])),
     *(

@@ -138,11 +138,15 @@ def test_figures_of_an_earlier_source_are_marked(record: Record) -> None:
 
 def test_support_counts_verified_binaries_of_the_present_source(record: Record) -> None:
     folder = record()
-    rows = {cells[0]: cells[1:] for line in BLOCKS["support"]().splitlines() if (cells := line.strip("| ").split(" | ")[1:])}
-    shipped = len(KERNELS["portable_forward"].shipped("sm_90a"))
-    assert rows["sm_90a"] == ["9.0", str(shipped), f"2 of {shipped}", "verified on NVIDIA H200"]
-    assert rows["sm_89"][2:] == [f"0 of {len(KERNELS['portable_forward'].shipped('sm_89'))}", "compiled"]
-    assert rows["sm_100a"][1].startswith("none")
+    table = [line.strip("| ").split(" | ") for line in BLOCKS["support"]().splitlines() if line.startswith("|")]
+    rows = {(kernel, arch): cells for kernel, arch, *cells in table if arch.startswith("sm_")}
+    counts = {place: len(KERNELS[place[0]].shipped(place[1])) for place in rows}
+    shipped = counts["portable_forward", "sm_90a"]
+    assert rows["portable_forward", "sm_90a"] == ["9.0", str(shipped), f"2 of {shipped}", "verified on NVIDIA H200"]
+    assert rows["portable_forward", "sm_89"][2:] == [f"0 of {counts['portable_forward', 'sm_89']}", "compiled"]
+    assert rows["portable_forward", "sm_100a"][1].startswith("none")
+    assert rows["hopper_forward", "sm_90a"][2:] == [f"0 of {counts['hopper_forward', 'sm_90a']}", "compiled"]
+    assert [arch for kernel, arch in rows if kernel == "hopper_forward"] == ["sm_90a"]
     index = json.loads((folder / "index.json").read_text())
     index["sources"]["portable_forward"] = "0" * 64  # the evidence is of another source
     (folder / "index.json").write_text(json.dumps(index))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 import flashcore
 from flashcore import reference
+from flashcore.kernels.registry import BINDINGS, KERNELS
+from flashcore.target import Target
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,20 +27,32 @@ def _inputs(seqlen: int = 197, heads_k: int = 4, seed: int = 0) -> tuple[torch.T
     )
 
 
-def _portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-    return flashcore.attention(q, k, v, impl="portable", **options)  # type: ignore[return-value, arg-type]
+Attend = Callable[..., torch.Tensor]
+
+
+def _ours() -> list[str]:
+    if not torch.cuda.is_available():
+        return list(BINDINGS)
+    target = Target.of(torch.device("cuda"))
+    return [impl for impl, binding in BINDINGS.items() if target.arch in KERNELS[binding.KERNEL].archs]
+
+
+@pytest.fixture(params=_ours())
+def attend(request: pytest.FixtureRequest) -> Attend:
+    """Each kernel of ours that this GPU runs."""
+    return partial(flashcore.attention, impl=request.param)  # type: ignore[return-value]
 
 
 def _check(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> None:
     torch.testing.assert_close(o.double(), reference.attention(q, k, v, causal=causal)[0], atol=2e-3, rtol=2e-3)
 
 
-def test_graph_capture_of_a_call_never_made_before_replays_on_new_inputs() -> None:
+def test_graph_capture_of_a_call_never_made_before_replays_on_new_inputs(attend: Attend) -> None:
     q, k, v = _inputs(seqlen=211)  # a length of its own: the binary may be loaded, the call is not yet prepared
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = _portable(q, k, v)
+        o = attend(q, k, v)
     for t, fresh in zip((q, k, v), _inputs(seqlen=211, seed=1), strict=True):
         t.copy_(fresh)
     graph.replay()
@@ -44,28 +60,43 @@ def test_graph_capture_of_a_call_never_made_before_replays_on_new_inputs() -> No
     _check(o, q, k, v)
 
 
-def test_runs_on_the_current_stream() -> None:
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_an_attended_nan_reaches_the_results(attend: Attend, where: str) -> None:
+    # each place that a thread may hold it in: keys of a block that is computed whole, and of the masked one at the end
+    for position in (*range(16, 32), *range(150, 166)):
+        q, k, v = _inputs()
+        {"q": q, "k": k, "v": v}[where][1, position, 0, 5] = float("nan")
+        o, lse = attend(q, k, v, return_lse=True)
+        rows = slice(position, position + 1) if where == "q" else slice(None)
+        heads = 1 if where == "q" else 2  # two heads of queries share the first of keys and values
+        reached = o[1, rows, :heads]
+        assert torch.isnan(reached[..., 5] if where == "v" else reached).all()
+        assert where == "v" or torch.isnan(lse[1, :heads, rows]).all()
+        assert torch.isfinite(o[0]).all() and torch.isfinite(lse[0]).all()
+
+
+def test_runs_on_the_current_stream(attend: Attend) -> None:
     q, k, v = _inputs()
-    o = _portable(q, k, v)
+    o = attend(q, k, v)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # some 25 ms: a launch on another stream would read q before it is doubled
         q.mul_(2)
-        doubled = _portable(q, k, v)
+        doubled = attend(q, k, v)
     stream.synchronize()
     _check(doubled, q, k, v)
     assert not torch.equal(doubled, o)
 
 
-def test_threads_with_the_same_plan_do_not_mix_their_arguments() -> None:
+def test_threads_with_the_same_plan_do_not_mix_their_arguments(attend: Attend) -> None:
     inputs = [_inputs(seed=seed) for seed in range(4)]
-    expected = [_portable(*tensors) for tensors in inputs]
+    expected = [attend(*tensors) for tensors in inputs]
     torch.cuda.synchronize()
     wrong: list[int] = []
 
     def work(index: int) -> None:
         for _ in range(300):
-            if not torch.equal(_portable(*inputs[index]), expected[index]):
+            if not torch.equal(attend(*inputs[index]), expected[index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
@@ -76,9 +107,9 @@ def test_threads_with_the_same_plan_do_not_mix_their_arguments() -> None:
     assert not wrong
 
 
-def test_compiled_by_inductor_without_graph_breaks_for_any_length() -> None:
+def test_compiled_by_inductor_without_graph_breaks_for_any_length(attend: Attend) -> None:
     def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _portable(q * 1.0, k, v, causal=True) + 1
+        return attend(q * 1.0, k, v, causal=True) + 1
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for seqlen in (64, 129, 200):
@@ -88,18 +119,18 @@ def test_compiled_by_inductor_without_graph_breaks_for_any_length() -> None:
 
 def test_opcheck_on_the_gpu() -> None:
     q, k, v = _inputs()
-    for impl in ("portable", "auto", "torch"):
+    for impl in (*_ours(), "auto", "torch"):
         arguments = (q, k, v, None, True, None, -1, -1, 0.0, True, "bshd", False, impl)
         torch.library.opcheck(torch.ops.flashcore.attention.default, arguments)
 
 
-def test_a_gradient_goes_to_torch_and_a_named_impl_refuses() -> None:
+def test_a_gradient_goes_to_torch_and_a_named_impl_refuses(attend: Attend) -> None:
     q, k, v = (t.requires_grad_() for t in _inputs(heads_k=8))
     assert flashcore.explain(q, k, v).impl == "torch"
     flashcore.attention(q, k, v).float().sum().backward()  # type: ignore[union-attr]
     assert q.grad is not None and torch.isfinite(q.grad).all()
     with pytest.raises(NotImplementedError, match="backward"):
-        _portable(q, k, v)
+        attend(q, k, v)
 
 
 def test_a_binary_of_another_arch_is_refused_by_name() -> None:

@@ -82,7 +82,7 @@ class _Arguments:
         for parameter, value in zip(parameters, values + [0] * scratch, strict=True):
             try:
                 self._template[parameter.offset : parameter.offset + parameter.size] = self._pack(parameter, value)
-            except (struct.error, BinaryError) as error:
+            except (struct.error, OverflowError, BinaryError) as error:
                 raise BinaryError(
                     f"{binary.info.name}: {parameter.name} is {parameter.type} and cannot take {value}: {error}"
                 ) from error

@@ -1,5 +1,6 @@
 """Cases that between them reach every binary of the shipped set: each dtype, head dim and feature, with few rows and with
-many, because the planner takes other tiles for these. Evidence demands that none is left out (flashcore.evidence)."""
+many, with few keys and with many, because the planner takes other tiles for these. Evidence demands that none is left out
+(flashcore.evidence)."""
 
 from dataclasses import replace
 
@@ -10,11 +11,13 @@ from flashcore.verify.cases import Case, MaskCase
 GIB = 2**30
 # Enough rows for the "many" tiles on a GPU of up to 140 multiprocessors (2 * 128 rows each).
 MANY = {"batch": 2, "heads_q": 36, "heads_k": 12, "seqlen_q": 499, "seqlen_k": 577}
+# Enough keys for the tiles that the kernel for Hopper takes for long sequences (LONG in kernels/hopper/config.py).
+LONG = {"seqlen_q": 333, "seqlen_k": 2111, "needs_bytes": 4 * GIB}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def shipped_cases() -> list[Case]:
-    """All of them; those with many rows are for GPUs only."""
+    """All of them; those with many rows or keys are for GPUs only."""
     cases = []
     for name, dtype in HALF.items():
         for head_dim in (64, 128, 256):
@@ -32,6 +35,8 @@ def shipped_cases() -> list[Case]:
                 replace(case, name=f"{case.name}-many", needs_bytes=4 * GIB, **MANY)  # type: ignore[arg-type]
                 for case in plain
             ]
+            if head_dim == 64:
+                cases += [replace(case, name=f"{case.name}-long", **LONG) for case in plain[:2]]  # type: ignore[arg-type]
             cases += [
                 replace(exact, name=f"{exact.name}-partial", head_dim=partial),
                 replace(exact, name=f"{exact.name}-softcap", softcap=20.0),

@@ -11,7 +11,7 @@ import torch
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.config import HEAD_DIMS, REGISTERS, WARPGROUP_ROWS, HopperConfig, choose_config, configurations
 from flashcore.kernels.specialisation import Parameter, Specialisation
-from flashcore.spec import AttentionSpec
+from flashcore.spec import MAX_FACTOR, AttentionSpec
 
 KERNEL = "hopper_forward"
 IMPL = "hopper"
@@ -187,7 +187,8 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
         spec.seqlen_k if spec.band.hi is None else min(spec.seqlen_k, spec.band.hi - first),
         _group_heads(spec),
         (spec.softcap if capped else spec.scale) * log2_e,
-        2 * log2_e * spec.scale / spec.softcap if capped else 0.0,
+        # beyond float32 the cap is reached by any score but 0, as by this
+        min(2 * log2_e * spec.scale / spec.softcap, MAX_FACTOR) if capped else 0.0,
         int(spec.return_lse),
     )
 

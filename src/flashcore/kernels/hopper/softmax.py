@@ -11,19 +11,20 @@ def exp2_partly_emulated(outputs, inputs):
 
     The exp2 unit gives 16 results a clock; at head dim 64 it has as much to do as the matrix unit, and the multiply-add units
     are free (FlashAttention-4 does so on Blackwell). x = i + f with i an integer and |f| <= 1/2: 2^f is the polynomial of
-    degree 3 with the least relative error (7.5e-5, a sixth of fp16's rounding), and i is added to its exponent.
+    degree 3 with the least relative error (7.5e-5, a sixth of fp16's rounding).
     """
     (results,), (numbers,) = outputs, inputs
-    lines = ["{ .reg .f32 x, t, r, f, p; .reg .b32 i, j;"]
+    lines = ["{ .reg .f32 x, t, r, f, p, e; .reg .b32 i;"]
     for index, (result, number) in enumerate(zip(results, numbers, strict=True)):
         if index % 8 < 7:
             lines.append(f"ex2.approx.ftz.f32 {result}, {number};")
             continue
-        lines.append(f"max.f32 x, {number}, 0fC2FC0000;")  # -126: the least exponent of a normal number
+        lines.append(f"max.NaN.f32 x, {number}, 0fC2FC0000;")  # -126: the least exponent of a normal number
         # 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
         lines.append("add.rn.f32 t, x, 0f4B400000; sub.rn.f32 r, t, 0f4B400000; sub.rn.f32 f, x, r;")
         lines.append("fma.rn.f32 p, f, 0f3D61FBAE, 0f3E786F0D; fma.rn.f32 p, p, f, 0f3F31798D; fma.rn.f32 p, p, f, 0f3F7FFB49;")
-        lines.append(f"mov.b32 i, t; mov.b32 j, p; shl.b32 i, i, 23; add.s32 j, i, j; mov.b32 {result}, j;")
+        # 2^i by its bits, and a product rather than a sum of exponents, so that NaN stays NaN
+        lines.append(f"mov.b32 i, t; shl.b32 i, i, 23; add.s32 i, i, 0x3F800000; mov.b32 e, i; mul.rn.f32 {result}, p, e;")
     return "\n".join([*lines, "}"])
 
 
@@ -84,7 +85,7 @@ def next_block(s, m_i, l_i, scale, EMULATE_EXP2: gl.constexpr):
 def finish(m_i, l_i, scale):
     """(1 / l_i, natural log-sum-exp) by row; a row that attended nothing gives 0 and -inf."""
     l_row = gl.convert_layout(gl.sum(l_i, 1), m_i.type.layout)
-    attended = l_row > 0.0
+    attended = l_row != 0.0  # true of NaN, which must reach the results
     inverse = gl.where(attended, 1.0 / l_row, 0.0)
     lse = gl.where(attended, (m_i * scale + gl.log2(l_row)) * LN_2, float("-inf"))
     return inverse, lse
