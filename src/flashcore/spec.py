@@ -60,11 +60,11 @@ class Options:
                 raise ArgumentTypeError(f"scale: got {shown(scale)} of type {type(scale).__name__}; allowed: None or a number")
             # against inf first: Dynamo traces no math.isfinite of a dynamic float, and no comparison of NaN with another number
             if not abs(scale) < math.inf or abs(scale) >= MAX_FACTOR:
-                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number under {MAX_FACTOR:g}")
+                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number under 1e38")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise ArgumentTypeError(f"softcap: got {shown(softcap)} of type {type(softcap).__name__}; allowed: a number >= 0")
         if not 0 <= softcap < math.inf or softcap >= MAX_FACTOR:
-            allowed = f"allowed: a finite number >= 0 (0 means no cap) under {MAX_FACTOR:g}"
+            allowed = "allowed: a finite number >= 0 (0 means no cap) under 1e38"
             raise ArgumentValueError(f"softcap: got {shown(softcap)}; {allowed}")
         return cls(
             causal=causal,
