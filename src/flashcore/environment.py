@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from flashcore import sources
 
-# A copy of the tree without its .git (a GPU machine, a container) can be told what it is a copy of: SHA or SHA+dirty.
+# A copy of the tree whose .git is missing or another's (a GPU machine, a container) can be told what it is a copy of: SHA or
+# SHA+dirty.
 GIT_STATE_VARIABLE = "FLASHCORE_GIT_STATE"
 
 
@@ -160,14 +161,16 @@ def _whole(text: str | None) -> int | None:
 
 
 def _git() -> Git | None:
-    """The checkout this very file is tracked in; an installed package inside somebody else's checkout has none."""
+    """What was stated, or the checkout this very file is tracked in; none inside somebody else's checkout."""
+    stated, _, dirty = os.environ.get(GIT_STATE_VARIABLE, "").partition("+")
+    if stated:
+        return Git(sha=stated, dirty=dirty == "dirty")
     here = Path(__file__)
     try:
         _run_git("ls-files", "--error-unmatch", here.name)
         return Git(sha=_run_git("rev-parse", "HEAD"), dirty=bool(_run_git("status", "--porcelain")))
     except (OSError, subprocess.SubprocessError):
-        stated, _, dirty = os.environ.get(GIT_STATE_VARIABLE, "").partition("+")
-        return Git(sha=stated, dirty=dirty == "dirty") if stated else None
+        return None
 
 
 def _run_git(*arguments: str) -> str:

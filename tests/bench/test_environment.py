@@ -17,7 +17,7 @@ def test_collect_here() -> None:
     assert len(node) < 4 or node not in found.model_dump_json()
 
 
-def test_git_state_may_be_stated_where_there_is_no_checkout(monkeypatch) -> None:
+def test_git_state_may_be_stated_and_then_holds(monkeypatch) -> None:
     def no_git(*arguments: str) -> str:
         raise subprocess.CalledProcessError(128, "git")
 
@@ -27,6 +27,8 @@ def test_git_state_may_be_stated_where_there_is_no_checkout(monkeypatch) -> None
     for text, dirty in (("abc123", False), ("abc123+dirty", True)):
         monkeypatch.setenv(environment.GIT_STATE_VARIABLE, text)
         assert environment.collect(torch.device("cpu")).git == environment.Git(sha="abc123", dirty=dirty)
+    monkeypatch.setattr(environment, "_run_git", lambda *arguments: "another commit")
+    assert environment.collect(torch.device("cpu")).git == environment.Git(sha="abc123", dirty=True)
 
 
 def test_nvidia_smi_answers_are_read_field_by_field(monkeypatch) -> None:
