@@ -17,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 # Kernels take factors as float32, some of them multiplied by log2(e).
 MAX_FACTOR = 1e38
+_UNDER = f"under {MAX_FACTOR:g}"  # made here, because Dynamo formats no global float
 # Row and key indices, and their distances, are 32-bit in the kernels.
 MAX_SEQLEN = 2**30
 
@@ -60,11 +61,11 @@ class Options:
                 raise ArgumentTypeError(f"scale: got {shown(scale)} of type {type(scale).__name__}; allowed: None or a number")
             # against inf first: Dynamo traces no math.isfinite of a dynamic float, and no comparison of NaN with another number
             if not abs(scale) < math.inf or abs(scale) >= MAX_FACTOR:
-                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number under 1e38")
+                raise ArgumentValueError(f"scale: got {shown(scale)}; allowed: None or a finite number {_UNDER}")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise ArgumentTypeError(f"softcap: got {shown(softcap)} of type {type(softcap).__name__}; allowed: a number >= 0")
         if not 0 <= softcap < math.inf or softcap >= MAX_FACTOR:
-            allowed = "allowed: a finite number >= 0 (0 means no cap) under 1e38"
+            allowed = f"allowed: a finite number >= 0 (0 means no cap) {_UNDER}"
             raise ArgumentValueError(f"softcap: got {shown(softcap)}; {allowed}")
         return cls(
             causal=causal,
@@ -159,6 +160,13 @@ class AttentionSpec:
         if self.layout == "bshd":
             return (self.batch, self.seqlen_q, self.heads_q, self.head_dim_v)
         return (self.batch, self.heads_q, self.seqlen_q, self.head_dim_v)
+
+    @property
+    def o_strides(self) -> tuple[int, int, int]:
+        """Strides of the output's batch, head and sequence dimensions, in elements: it is contiguous in its layout."""
+        row = self.head_dim_v
+        batch = self.seqlen_q * self.heads_q * row
+        return (batch, row, self.heads_q * row) if self.layout == "bshd" else (batch, self.seqlen_q * row, row)
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:

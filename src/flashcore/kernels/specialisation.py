@@ -7,6 +7,11 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
+# Triton's names of the types that tensors of a call have
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 
 @dataclass(frozen=True)
 class Parameter:

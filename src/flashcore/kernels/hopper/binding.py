@@ -10,14 +10,14 @@ import torch
 
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.config import HEAD_DIMS, REGISTERS, WARPGROUP_ROWS, HopperConfig, choose_config, configurations
-from flashcore.kernels.specialisation import Parameter, Specialisation
+from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import MAX_FACTOR, AttentionSpec
 
 KERNEL = "hopper_forward"
 IMPL = "hopper"
 ARCH = "sm_90a"
 INTEGERS = ("heads", "heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "band_lo", "band_hi", "group_heads")
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = (torch.float16, torch.bfloat16)
 # Causal tiles are taken from a group of heads, longest first. The group's keys and values are to stay in L2, of which an H200
 # has 50 MB; fewer than 16 heads, or more than 64, cost more than they save (docs/notes/hopper-forward.md).
 L2_BUDGET = 32 * 2**20
@@ -67,7 +67,7 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
     """Why this kernel cannot run a call on a device, or None when it can."""
     if interpreted or arch != ARCH:
         return f"needs a Hopper GPU ({ARCH}); got {'the interpreter' if interpreted else arch or f'device {spec.device}'}"
-    if spec.dtype not in TYPE_NAMES:
+    if spec.dtype not in DTYPES:
         return f"takes float16 and bfloat16; got {str(spec.dtype).removeprefix('torch.')}"
     if spec.mask is not None:
         return "takes no mask"
@@ -89,7 +89,13 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
 
 
 def specialise(features: Features, config: HopperConfig) -> Specialisation:
-    """The binary for these features in this form."""
+    """The binary for these features in this form.
+
+    Raises:
+        ValueError: the form does not fit the GPU.
+    """
+    if not config.fits(*features.head_dims):
+        raise ValueError(f"{config.name} does not fit head dims {features.head_dims}")
     element = TYPE_NAMES[features.dtype]
     consumer_registers, producer_registers = REGISTERS[config.warpgroups]
     parameters: list[Parameter] = []
@@ -159,9 +165,6 @@ def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> 
 
 def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argument, ...]:
     """What fills the kernel's parameters, in their order."""
-    o_strides = (spec.seqlen_q * spec.heads_q * spec.head_dim_v, spec.head_dim_v, spec.heads_q * spec.head_dim_v)
-    if spec.layout == "bhsd":
-        o_strides = (o_strides[0], spec.seqlen_q * spec.head_dim_v, spec.head_dim_v)
     first, last = _attended_keys(spec)
     queries = (spec.batch, spec.heads_q, spec.seqlen_q)
     keys = (spec.batch, spec.heads_k, last - first)
@@ -169,7 +172,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
         "q": TensorMap("q", (*queries, spec.head_dim), (*spec.q_strides, 1)),
         "k": TensorMap("k", (*keys, spec.head_dim), (*spec.k_strides, 1), first * spec.k_strides[2]),
         "v": TensorMap("v", (*keys, spec.head_dim_v), (*spec.v_strides, 1), first * spec.v_strides[2]),
-        "o": TensorMap("o", (*queries, spec.head_dim_v), (*o_strides, 1)),
+        "o": TensorMap("o", (*queries, spec.head_dim_v), (*spec.o_strides, 1)),
     }
     log2_e = math.log2(math.e)
     capped = spec.softcap > 0
@@ -221,7 +224,7 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
     forms: tuple[tuple[BandKind, bool], ...] = (("none", False), ("causal", False), ("window", False), ("window", True))
     return tuple(
         specialise(Features(dtype, head_dims, band, softcap), config)
-        for dtype in TYPE_NAMES
+        for dtype in DTYPES
         for head_dims in HEAD_DIMS
         for band, softcap in forms
         for config in configurations(head_dims, band)

@@ -14,6 +14,8 @@ HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 WARPGROUP_ROWS = 64
 BARRIER_SIZE = 8
+# What the compiler adds at most to the tiles and their barriers, in bytes.
+COMPILER_SHARED = 1024
 # setmaxnreg for (consumers, producer): what fills the 65536 registers with one producer warpgroup beside 2 or 3 consumers
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 
@@ -70,7 +72,7 @@ class HopperConfig:
             self.warpgroups in REGISTERS
             and joined
             and shared_output
-            and self.shared_memory(head_dim, head_dim_v) + 1024 <= SHARED_MEMORY_LIMIT["sm_90a"]
+            and self.shared_memory(head_dim, head_dim_v) + COMPILER_SHARED <= SHARED_MEMORY_LIMIT["sm_90a"]
         )
 
 

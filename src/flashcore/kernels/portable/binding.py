@@ -14,7 +14,7 @@ import torch
 from flashcore.kernels.arguments import Argument, Pointer
 from flashcore.kernels.portable.config import PortableConfig
 from flashcore.kernels.portable.tuning import Kind, choose_config, configurations
-from flashcore.kernels.specialisation import Parameter, Specialisation
+from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
 
 KERNEL = "portable_forward"
@@ -26,7 +26,6 @@ STRIDES = tuple(
 INTEGERS = ("heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "band_lo", "band_hi")
 FLOATS = ("scale", "softcap")
 
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Wider than any difference of two positions, and far enough from 2^31 that adding a row index cannot overflow.
 UNLIMITED = 2**30
 
@@ -174,17 +173,13 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
     """What fills the kernel's parameters, in their order."""
     fold_scale = dict(specialisation.constants)["FOLD_SCALE"]
     mask_strides = (0, 0, 0, 0) if spec.mask is None else spec.mask.strides
-    rows, heads = spec.head_dim_v * spec.heads_q, spec.head_dim_v
-    if spec.layout == "bhsd":
-        rows, heads = spec.head_dim_v, spec.head_dim_v * spec.seqlen_q
-    o_strides = (spec.head_dim_v * spec.heads_q * spec.seqlen_q, heads, rows)
     return (
         *POINTERS,
         *spec.q_strides,
         *spec.k_strides,
         *spec.v_strides,
         *mask_strides,
-        *o_strides,
+        *spec.o_strides,
         spec.heads_q,
         spec.heads_q // spec.heads_k,
         spec.seqlen_q,
