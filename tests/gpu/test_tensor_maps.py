@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +40,7 @@ def _no_hang() -> Iterator[None]:
 
 def _hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
     """The call by the hopper kernel, where its binary is at hand: the Triton of this machine may not know our Gluon."""
+    # mypy matches no dict of objects with keywords, and the signature cannot say that the result is o alone
     plan = flashcore.explain(q, k, v, impl="hopper", **options)  # type: ignore[arg-type]
     if plan.origin == "compile":
         pytest.skip("no binary of the hopper kernel is shipped or cached here: build the set of sm_90a first")
@@ -137,25 +137,6 @@ def test_one_prepared_call_reads_and_writes_wherever_its_tensors_are(dtype: torc
     _check(_hopper(v, q, k), v, q, k)
     longer = _random(2, 205, 4, 128, dtype=dtype, seed=99)[:, 8:]
     assert torch.equal(_hopper(q, longer, v), _hopper(q, longer.clone(), v))
-
-
-def test_threads_do_not_mix_their_tensor_maps() -> None:
-    inputs = [tuple(_random(2, 197, 4, 128, seed=3 * i + j) for j in range(3)) for i in range(4)]
-    expected = [_hopper(*tensors) for tensors in inputs]
-    torch.cuda.synchronize()
-    wrong: list[int] = []
-
-    def work(index: int) -> None:
-        for _ in range(200):
-            if not torch.equal(_hopper(*inputs[index]), expected[index]):
-                wrong.append(index)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 @pytest.mark.parametrize("element", ["fp16", "bf16"])

@@ -34,8 +34,6 @@ class MachineCode:
     spills_in_loops: int
     matrix: dict[str, int]
     async_copies: int
-    tma_loads: int = 0
-    tma_stores: int = 0
 
     @property
     def spills(self) -> int:
@@ -118,6 +116,4 @@ def read_machine_code(binary: Binary) -> MachineCode:
         spills_in_loops=in_loops["LDL"] + in_loops["STL"],
         matrix={name: counts[name] for name in MATRIX_INSTRUCTIONS if counts[name]},
         async_copies=counts["LDGSTS"] + counts["UTMALDG"],
-        tma_loads=counts["UTMALDG"],
-        tma_stores=counts["UTMASTG"],
     )

@@ -36,6 +36,7 @@ def shipped_cases() -> list[Case]:
                 for case in plain
             ]
             if head_dim == 64:
+                # as above
                 cases += [replace(case, name=f"{case.name}-long", **LONG) for case in plain[:2]]  # type: ignore[arg-type]
             cases += [
                 replace(exact, name=f"{exact.name}-partial", head_dim=partial),
