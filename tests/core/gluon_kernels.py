@@ -53,3 +53,31 @@ def product(x_desc, o_desc, PENDING: gl.constexpr):
     fence_async_shared()
     tma.async_store(o_desc, [0, 0], tile)
     tma.store_wait(0)
+
+
+@gluon.jit
+def meet(x_ptr, o_ptr, MEET: gl.constexpr, WAIT: gl.constexpr, EARLY: gl.constexpr):
+    """o = x + row, after the blocks of a cluster have met (MEET) and the launches before this one have ended (WAIT).
+
+    EARLY reads x before it waits, which no kernel may.
+    """
+    rows = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    value = rows
+    if EARLY:
+        value += gl.load(x_ptr + rows)
+    if WAIT:
+        value = gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+        )
+    if not EARLY:
+        value += gl.load(x_ptr + rows)
+    if MEET:
+        value = gl.inline_asm_elementwise(
+            "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.b32 $0, $1;",
+            "=r,r",
+            [value],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    gl.store(o_ptr + rows, value)

@@ -1,5 +1,7 @@
 """cuda.bindings.driver, and what is said where it or a driver is missing."""
 
+import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -84,6 +86,44 @@ def test_a_tensor_map_is_asked_for_in_words_that_cuda_bindings_knows(changes, mo
         _encode(**changes, box=("1", 1, 64))
     with pytest.raises((RuntimeError, DriverError)):
         _encode(**changes)
+
+
+class _Attribute(ctypes.Structure):
+    """cuda.h's CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """cuda.h's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cluster", "programmatic", "attributes"),
+    # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION is 4, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6
+    [(1, False, []), (4, False, [(4, [4, 1, 1])]), (1, True, [(6, [1, 0, 0])]), (2, True, [(4, [2, 1, 1]), (6, [1, 0, 0])])],
+)
+def test_a_launch_configuration_is_what_the_driver_reads(
+    cluster: int, programmatic: bool, attributes: list[tuple[int, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the memory that cuda-bindings hands to the driver, when the attributes' own objects are gone."""
+    real = pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(driver, "bindings", cache(lambda: real))
+    config = driver.launch_config(grid=24, threads=128, shared=5000, cluster=cluster, programmatic=programmatic)
+    gc.collect()
+    config.hStream = real.CUstream(4096)
+    read = _Config.from_address(int(config.getPtr()))
+    assert (list(read.grid), list(read.block), read.shared, read.stream) == ([24, 1, 1], [128, 1, 1], 5000, 4096)
+    assert [(one.id, list(one.value[:3])) for one in read.attributes[: read.count]] == attributes
 
 
 def test_this_machine_has_a_driver_or_says_what_is_missing() -> None:

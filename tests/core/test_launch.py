@@ -63,6 +63,32 @@ def test_a_launch_of_no_programs_is_none(fake) -> None:
     assert fake.launches == []
 
 
+@pytest.mark.parametrize("cluster", [1, 2, 8])
+@pytest.mark.parametrize("programmatic", [False, True])
+def test_a_launch_states_the_cluster_and_whether_the_kernel_waits_itself(cluster: int, programmatic: bool, fake) -> None:
+    binary = fake.binary("*fp16", cluster=cluster, programmatic=programmatic)
+    fake.launcher(binary, Pointer("q"), grid=24).launch(_addresses(q=16))
+    (launch,) = fake.launches
+    attributes = dict(launch.attributes)
+    stated = attributes.pop("CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION", None)
+    # the grid counts blocks and not clusters
+    assert launch.grid == (24, 1, 1) and (None if stated is None else vars(stated.clusterDim)) == (
+        None if cluster == 1 else {"x": cluster, "y": 1, "z": 1}
+    )
+    serialised = attributes.pop("CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION", None)
+    assert (serialised is not None and serialised.programmaticStreamSerializationAllowed == 1) == programmatic
+    assert attributes == {}
+
+
+def test_a_grid_without_whole_clusters_is_refused_before_anything_is_loaded(fake) -> None:
+    binary = fake.binary("*fp16", cluster=4)
+    with pytest.raises(BinaryError, match="the-kernel: a grid of 10 blocks; allowed are multiples of its cluster of 4"):
+        fake.launcher(binary, Pointer("q"), grid=10)
+    assert fake.calls == []
+    fake.launcher(binary, Pointer("q"), grid=0).launch(_addresses(q=16))
+    assert fake.launches == []
+
+
 def test_too_few_or_too_many_arguments_are_refused(fake) -> None:
     q = Pointer("q")
     for arguments in ((q, 1), (q, q, 1, 2), ()):

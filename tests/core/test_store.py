@@ -190,7 +190,9 @@ def test_a_damaged_shipped_binary_is_an_error_that_names_it(content: bytes | Non
     assert str(file) in str(raised.value) and compiled == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"schema_version": 1}', b"\xff\xfe\x00\x01"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"schema_version": %d}' % store.MANIFEST_SCHEMA, b"\xff\xfe\x00\x01"], ids=repr
+)
 def test_a_damaged_manifest_is_an_error_that_names_it(content: bytes, shipped: Path, compiled) -> None:
     (shipped / "manifest.json").write_bytes(content)
     with pytest.raises(BinaryError, match=r"manifest\.json: not a manifest") as raised:
@@ -202,6 +204,29 @@ def test_a_manifest_of_another_schema_is_an_error(shipped: Path) -> None:
     manifest = json.loads((shipped / "manifest.json").read_text())
     (shipped / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
     with pytest.raises(BinaryError, match=f"schema 1; this FlashCore reads {store.MANIFEST_SCHEMA}"):
+        _obtain()
+
+
+def test_a_manifest_of_before_clusters_is_told_by_its_schema(shipped: Path) -> None:
+    """Its records have fewer fields, and what is wrong is not these."""
+    manifest = json.loads((shipped / "manifest.json").read_text())
+    for record in manifest["binaries"]:
+        del record["cluster"], record["programmatic"]
+    (shipped / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2}))
+    with pytest.raises(BinaryError, match="schema 2; this FlashCore reads 3"):
+        _obtain()
+    (shipped / "manifest.json").write_text(json.dumps(manifest))
+    store.read_manifest.cache_clear()
+    with pytest.raises(BinaryError, match=r"manifest\.json: not a manifest"):
+        _obtain()
+
+
+@pytest.mark.parametrize("cluster", [0, -1, 9, "two", None])
+def test_a_record_of_a_cluster_that_no_gpu_has_is_no_record(cluster: object, shipped: Path) -> None:
+    manifest = json.loads((shipped / "manifest.json").read_text())
+    manifest["binaries"][0]["cluster"] = cluster
+    (shipped / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BinaryError, match=r"(?s)manifest\.json: not a manifest.*cluster"):
         _obtain()
 
 

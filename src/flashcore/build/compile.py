@@ -19,7 +19,7 @@ from flashcore.build.machine_code import read_parameter_places
 from flashcore.errors import CompileError
 from flashcore.kernels.registry import KERNELS
 from flashcore.kernels.specialisation import Parameter, Specialisation
-from flashcore.runtime.binary import ELEMENT_SIZES, Binary, BinaryInfo, KernelParameter, TensorMapLayout
+from flashcore.runtime.binary import ELEMENT_SIZES, MAX_CLUSTER, Binary, BinaryInfo, KernelParameter, TensorMapLayout
 from flashcore.sources import kernel_hash
 
 # CUtensorMapSwizzle, by which the compiler names it, in bytes
@@ -66,6 +66,8 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
     what = f"{specialisation.name} for {arch}"
     if arch not in kernel.archs:  # where a kernel is of another arch, the compiler may end the process and say nothing
         raise CompileError(f"{what}: {kernel.id} can be built for {', '.join(kernel.archs)}")
+    if not 1 <= specialisation.cluster <= MAX_CLUSTER:
+        raise CompileError(f"{what}: a cluster of {specialisation.cluster} blocks; allowed 1 to {MAX_CLUSTER}")
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.function)
     except Exception as error:  # Gluon's names move between releases, so that an import may fail in any way
@@ -105,6 +107,8 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
             parameters=_entry_parameters(ptx, read_parameter_places(cubin, symbol), specialisation, tensor_maps),
             threads=_threads(ptx),
             shared=compiled.metadata.shared,
+            cluster=specialisation.cluster,
+            programmatic="griddepcontrol.wait" in ptx,
             sha256=hashlib.sha256(cubin).hexdigest(),
             size=len(cubin),
             source_sha256=kernel_hash(specialisation.kernel),

@@ -24,6 +24,7 @@ _NEVER_GOES_ON = ("BRX", "JMP", "JMX", "EXIT", "RET", "BSYNC")
 @dataclass(slots=True)
 class _Block:
     opcodes: list[str] = field(default_factory=list)
+    predicated: list[bool] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     goes_on: bool = True
 
@@ -45,6 +46,30 @@ def opcodes_of_innermost_loops(text: str, holding: Collection[str]) -> Counter[s
     return Counter(opcode for block in set[int]().union(*innermost) for opcode in blocks[block].opcodes)
 
 
+def opcodes_before(text: str, wait: str) -> Counter[str]:
+    """How often each instruction is on some way through the code that has not met `wait`, one with a predicate not counted.
+
+    Raises:
+        CompileError: the text has a branch to nowhere, so that a way might pass unseen.
+    """
+    blocks, edges = _graph(text)
+    found: Counter[str] = Counter()
+    reached = {0}
+    waiting = [0]
+    while waiting:
+        number = waiting.pop()
+        block = blocks[number]
+        for opcode, predicated in zip(block.opcodes, block.predicated, strict=True):
+            if opcode == wait and not predicated:
+                break
+            found[opcode] += 1
+        else:
+            following = set(edges[number]) - reached
+            reached |= following
+            waiting += following
+    return found
+
+
 def _graph(text: str) -> tuple[list[_Block], list[list[int]]]:
     """The code's blocks, and the blocks that each may be followed by."""
     blocks = [_Block()]
@@ -62,6 +87,7 @@ def _graph(text: str) -> tuple[list[_Block], list[list[int]]]:
         predicate, opcode, _, operands = found.groups()
         block = blocks[-1]
         block.opcodes.append(opcode)
+        block.predicated.append(bool(predicate))
         places = [name for one, many in _PLACES.findall(operands) for name in (one or many).split(",")]
         barrier = operands.split(",")[0].strip(" ;")
         if opcode == "BSSY":

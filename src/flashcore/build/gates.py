@@ -54,4 +54,10 @@ def violations(specialisation: Specialisation, arch: str, code: MachineCode) -> 
         found.append(f"matrix instructions: {code.matrix or 'none'}, meant {expected}")
     if expected is None and code.matrix:
         found.append(f"matrix instructions: {code.matrix}, meant none")
+    if specialisation.cluster > 1 and not code.cluster_barriers:
+        found.append(f"cluster barriers: none, and a cluster of {specialisation.cluster} blocks cannot do without")
+    if specialisation.cluster == 1 and code.cluster_barriers:
+        found.append(f"cluster barriers: {code.cluster_barriers}, meant none")
+    if code.before_wait:
+        found.append(f"accesses to memory and exits before griddepcontrol.wait: {code.before_wait}, allowed 0")
     return found

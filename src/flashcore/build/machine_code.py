@@ -5,17 +5,31 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from flashcore.build.control_flow import opcodes_of, opcodes_of_innermost_loops
+from flashcore.build.control_flow import opcodes_before, opcodes_of, opcodes_of_innermost_loops
 from flashcore.errors import CompileError
 from flashcore.runtime.binary import Binary
 
 # Matrix instructions as the disassembler spells them: mma.sync, wgmma and tcgen05.mma.
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+# What barrier.cluster.arrive and .wait become (UCGABAR_ARV, UCGABAR_WAIT), and nothing else in our kernels.
+_CLUSTER_BARRIER = "UCGABAR"
+# What griddepcontrol.wait becomes.
+_WAIT_FOR_GRIDS = "ACQBULK"
+# What must come after it: reads and writes of device memory, which LD and ST may be too, and the end, so that a launch that
+# has ended has seen the end of those before it.
+_AFTER_WAIT = (
+    *("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG"),
+    *("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "EXIT"),
+)
+# What setmaxnreg becomes. Where warps have tasks of their own, those of the last group that have none end at once; the block
+# lives on with the others.
+_SPECIALISED = "USETMAXREG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,8 @@ class MachineCode:
 
     `async_copies` are copies into shared memory, those of threads and those by TMA together. `spills_in_loops` are those of the
     spill instructions that are in the innermost loops with matrix instructions, where they are paid for each tile of keys.
+    `cluster_barriers` are arrivals at barriers of a cluster and waits for them. `before_wait`, of a programmatic binary, are
+    the accesses to device memory and the exits that some way through the code comes to before the wait for earlier launches.
     """
 
     registers: int
@@ -34,6 +50,8 @@ class MachineCode:
     spills_in_loops: int
     matrix: dict[str, int]
     async_copies: int
+    cluster_barriers: int
+    before_wait: int
 
     @property
     def spills(self) -> int:
@@ -107,6 +125,9 @@ def read_machine_code(binary: Binary) -> MachineCode:
     if resources is None or not counts:
         raise CompileError(f"{binary.info.name}: cannot read the disassemblers' output")
     in_loops = opcodes_of_innermost_loops(text, MATRIX_INSTRUCTIONS)
+    early = opcodes_before(text, _WAIT_FOR_GRIDS) if binary.info.programmatic else Counter[str]()
+    if counts[_SPECIALISED]:
+        del early["EXIT"]
     return MachineCode(
         registers=int(resources[1]),
         stack=int(resources[2]),
@@ -116,4 +137,6 @@ def read_machine_code(binary: Binary) -> MachineCode:
         spills_in_loops=in_loops["LDL"] + in_loops["STL"],
         matrix={name: counts[name] for name in MATRIX_INSTRUCTIONS if counts[name]},
         async_copies=counts["LDGSTS"] + counts["UTMALDG"],
+        cluster_barriers=counts[_CLUSTER_BARRIER],
+        before_wait=sum(early.get(name, 0) for name in _AFTER_WAIT),
     )

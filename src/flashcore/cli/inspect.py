@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from flashcore.runtime.binary import BinaryInfo
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +32,7 @@ def inspect(
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 if any binary breaks a limit.")] = False,
     only: Annotated[str, typer.Option(help="Show (and gate) only names that match this glob.")] = "*",
 ) -> None:
-    """Registers, stack, spills (also those in the innermost loops), shared memory, matrix instructions, without a GPU."""
+    """Registers, stack, spills (also those in the innermost loops), shared memory, matrix instructions, what a launch takes."""
     from concurrent.futures import ThreadPoolExecutor
     from fnmatch import fnmatch
 
@@ -59,6 +62,7 @@ def inspect(
         for column in ("regs", "stack", "LDL/STL", "in loops", "shared", "KB"):
             table.add_column(column, justify="right")
         table.add_column("matrix")
+        table.add_column("launch")
         table.add_column("verdict")
         for binary, code in zip(binaries, codes, strict=True):
             found = violations(Specialisation.from_key(binary.info.key), one, code)
@@ -72,6 +76,7 @@ def inspect(
                 str(code.shared),
                 f"{binary.info.size / 1024:.0f}",
                 " ".join(f"{count} {name}" for name, count in code.matrix.items()) or "-",
+                _launch(binary.info),
                 "[red]" + "; ".join(found) if found else "[green]ok",
             )
         console.print(table)
@@ -81,6 +86,12 @@ def inspect(
     console.print(f"{broken} binaries break a limit" if broken else "every binary keeps the limits")
     if gate and broken:
         raise typer.Exit(1)
+
+
+def _launch(info: BinaryInfo) -> str:
+    """What a launch of the binary takes beside a grid."""
+    taken = [f"cluster {info.cluster}"] * (info.cluster > 1) + ["programmatic"] * info.programmatic
+    return ", ".join(taken) or "-"
 
 
 def build(

@@ -35,7 +35,9 @@ class Parameter:
 class Specialisation:
     """Everything that, with the source and the arch, decides what a binary contains.
 
-    `name` is for people and unique within a kernel's shipped set; `key` is for machines.
+    `name` is for people and unique within a kernel's shipped set; `key` is for machines. `cluster` is the number of blocks
+    along x that a cluster has, which a launch states; the grid counts blocks and is a multiple of it. The compiler is told
+    nothing of it: the kernel addresses the other blocks of its cluster by PTX of its own.
     """
 
     kernel: str
@@ -44,6 +46,7 @@ class Specialisation:
     constants: tuple[tuple[str, int | bool | str | None], ...]
     num_warps: int
     num_stages: int
+    cluster: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -56,6 +59,7 @@ class Specialisation:
                 "constants": {name: value for name, value in self.constants},
                 "num_warps": self.num_warps,
                 "num_stages": self.num_stages,
+                "cluster": self.cluster,
             },
             sort_keys=True,
             separators=(",", ":"),
@@ -72,4 +76,5 @@ class Specialisation:
             constants=tuple(data["constants"].items()),
             num_warps=data["num_warps"],
             num_stages=data["num_stages"],
+            cluster=data["cluster"],
         )

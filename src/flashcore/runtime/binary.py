@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from flashcore.errors import BinaryError
 
 # bytes of what a tensor map may be of
 ELEMENT_SIZES = {"fp16": 2, "bf16": 2}
+# blocks that every GPU with clusters has room for in one; more would need the driver's consent for each function
+MAX_CLUSTER = 8
 
 
 class TensorMapLayout(BaseModel):
@@ -44,7 +46,11 @@ class KernelParameter(BaseModel):
 
 
 class BinaryInfo(BaseModel):
-    """Everything but the machine code. docs/manifest.md explains each field to a host in another language."""
+    """Everything but the machine code. docs/manifest.md explains each field to a host in another language.
+
+    A launch states two things of these by an attribute: the `cluster`, blocks of one along x, where it is more than 1; and
+    where the kernel is `programmatic`, which waits itself for the launches before it, that it may start before they end.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,6 +62,8 @@ class BinaryInfo(BaseModel):
     parameters: list[KernelParameter]
     threads: int
     shared: int
+    cluster: int = Field(ge=1, le=MAX_CLUSTER)
+    programmatic: bool
     sha256: str
     size: int
     source_sha256: str

@@ -119,6 +119,34 @@ def encode_tensor_map(
     return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
 
 
+def launch_config(*, grid: int, threads: int, shared: int, cluster: int, programmatic: bool) -> Any:
+    """A CUlaunchConfig for cuLaunchKernelEx, complete but for the stream; grid, blocks and clusters have one dimension.
+
+    `programmatic`: the launch may start before the one ahead of it in the stream has ended, for which the kernel waits.
+    """
+    driver = bindings()
+    attributes = []
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = attribute.value.clusterDim
+        dimension.x, dimension.y, dimension.z = cluster, 1, 1
+        attributes.append(attribute)
+    if programmatic:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    # copied into memory that the configuration owns; their number is not set by that
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
+
+
 def launch_error(status: Any, what: str) -> DriverError:
     """The error for a launch that returned `status`."""
     return DriverError(f"{what}: cuLaunchKernelEx failed: {status.name}")

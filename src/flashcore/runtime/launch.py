@@ -13,7 +13,7 @@ import torch
 from flashcore.errors import BinaryError
 from flashcore.kernels.arguments import TENSORS, Argument, Pointer, TensorMap
 from flashcore.runtime.binary import ELEMENT_SIZES, Binary, KernelParameter
-from flashcore.runtime.driver import bindings, launch_error, load_function, make_current
+from flashcore.runtime.driver import bindings, launch_config, launch_error, load_function, make_current
 from flashcore.runtime.tensor_map import encoder, try_out
 
 # the keys of cuLaunchKernel's `extra`: cuda.h's CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END
@@ -42,22 +42,41 @@ class Launcher:
 
     `launch(addresses)` launches on the device's current stream. It takes one address for each name in
     `kernels.arguments.TENSORS`, in that order, 0 for an absent tensor, and writes those that the arguments mention.
-    It is a closure and not a method: looking nothing up in an object saves most of a microsecond of five.
+    `launch_here` is the same for a caller who has made sure that `device` is the current one.
+    Both are closures and not methods: looking nothing up in an object saves most of a microsecond of five.
 
     Raises:
-        BinaryError: the arguments are not those that the binary takes, or the driver refuses the binary.
+        BinaryError: the grid has not whole clusters, the arguments are not those that the binary takes, or the driver refuses
+            the binary.
         DriverError: the driver makes no tensor map of what a TensorMap describes.
     """
 
+    device: int
     launch: Callable[[Sequence[int]], None]
+    launch_here: Callable[[Sequence[int]], None]
 
     def __init__(self, binary: Binary, device: torch.device, *, grid: int, arguments: Sequence[Argument]) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.launch = _bind(binary, index, grid, arguments) if grid else _nothing
+        self.device = torch.cuda.current_device() if device.index is None else device.index
+        self.launch_here = _bind(binary, self.device, grid, arguments) if grid else _nothing
+        self.launch = _on(self.device, self.launch_here)
 
 
 def _nothing(addresses: Sequence[int]) -> None:
     """What a launch of no programs does."""
+
+
+def _on(device: int, launch_here: Callable[[Sequence[int]], None]) -> Callable[[Sequence[int]], None]:
+    """The same launch, whichever device is the current one."""
+    current_device = torch._C._cuda_getDevice
+
+    def launch(addresses: Sequence[int]) -> None:
+        if current_device() == device:
+            launch_here(addresses)
+        else:
+            with torch.cuda.device(device):
+                launch_here(addresses)
+
+    return launch
 
 
 class _Arguments:
@@ -133,7 +152,10 @@ class _Slot:
 
 
 def _bind(binary: Binary, device: int, grid: int, arguments: Sequence[Argument]) -> Callable[[Sequence[int]], None]:
-    name, threads, shared = binary.info.name, binary.info.threads, binary.info.shared
+    info = binary.info
+    name = info.name
+    if grid % info.cluster:
+        raise BinaryError(f"{name}: a grid of {grid} blocks; allowed are multiples of its cluster of {info.cluster}")
     function = _function(binary, device)
     with torch.cuda.device(device):
         make_current(device)
@@ -143,23 +165,17 @@ def _bind(binary: Binary, device: int, grid: int, arguments: Sequence[Argument])
     # With a configuration made beforehand, cuda-bindings converts four arguments a launch and not eleven.
     launch_kernel, success = driver.cuLaunchKernelEx, driver.CUresult.CUDA_SUCCESS
     # torch._C: the public calls build objects and check what is known here, at up to 1 us each
-    current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+    current_stream = torch._C._cuda_getCurrentRawStream
 
     def new_slot() -> _Slot:
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
-        config.numAttrs = 0
+        config = launch_config(
+            grid=grid, threads=info.threads, shared=info.shared, cluster=info.cluster, programmatic=info.programmatic
+        )
         return _Slot(packed, config)
 
     free = [new_slot()]  # pop and append are atomic
 
     def launch(addresses: Sequence[int]) -> None:
-        if current_device() != device:
-            with torch.cuda.device(device):
-                launch(addresses)
-            return
         try:
             slot = free.pop()
         except IndexError:

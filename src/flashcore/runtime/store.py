@@ -21,7 +21,7 @@ from flashcore.sources import PACKAGE, kernel_hash
 from flashcore.target import Target
 
 SHIPPED = PACKAGE / "binaries"
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
 
 Origin = Literal["shipped", "cached", "compile"]
 
@@ -33,6 +33,12 @@ class Manifest(BaseModel):
     arch: str
     triton: str
     binaries: list[BinaryInfo]
+
+
+class _Versioned(BaseModel):
+    """What a manifest of any schema says of itself."""
+
+    schema_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,15 @@ def read_manifest(folder: Path) -> dict[str, BinaryInfo]:
     if not path.exists():
         return {}
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
+        text = path.read_text()
+        version = _Versioned.model_validate_json(text).schema_version
+        # looked at first, because a record of another schema has other fields
+        manifest = Manifest.model_validate_json(text) if version == MANIFEST_SCHEMA else None
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise BinaryError(f"{path}: not a manifest: {error}") from error
-    if manifest.schema_version != MANIFEST_SCHEMA:
+    if manifest is None:
         raise BinaryError(
-            f"{path}: schema {manifest.schema_version}; this FlashCore reads {MANIFEST_SCHEMA}: "
+            f"{path}: schema {version}; this FlashCore reads {MANIFEST_SCHEMA}: "
             "reinstall it, or in a checkout run `flashcore build`"
         )
     return {info.key: info for info in manifest.binaries}
