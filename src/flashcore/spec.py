@@ -169,6 +169,13 @@ class AttentionSpec:
         return (batch, row, self.heads_q * row) if self.layout == "bshd" else (batch, self.seqlen_q * row, row)
 
     @property
+    def attended_keys(self) -> tuple[int, int]:
+        """[first, last) of the keys that some row may attend by its position; first >= last where there are none."""
+        first = 0 if self.band.lo is None else max(0, self.band.lo)
+        last = self.seqlen_k if self.band.hi is None else min(self.seqlen_k, self.seqlen_q + self.band.hi)
+        return first, last
+
+    @property
     def lse_shape(self) -> tuple[int, int, int]:
         """(B, H, Sq) in both layouts."""
         return (self.batch, self.heads_q, self.seqlen_q)

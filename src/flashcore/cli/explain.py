@@ -18,7 +18,7 @@ def explain(
     causal: Annotated[bool, typer.Option("--causal", help="Bottom-right aligned, as FlashAttention.")] = False,
     window: Annotated[str, typer.Option(help="left,right; -1 is unlimited. Empty: none.")] = "",
     softcap: Annotated[float, typer.Option(help="Cap of the scaled scores; 0: none.")] = 0.0,
-    impl: Annotated[str, typer.Option(help="auto, hopper, portable or torch.")] = "auto",
+    impl: Annotated[str, typer.Option(help="auto, small, hopper, portable or torch.")] = "auto",
     layout: Annotated[str, typer.Option(help="bshd or bhsd.")] = "bshd",
 ) -> None:
     """Which kernel a call runs on this machine, why, what was rejected, and the roofline bound."""

@@ -23,13 +23,13 @@ class Binding(Protocol):
         """The binary that a call on a GPU runs."""
 
     def grid(self, spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
-        """Number of programs of a call."""
+        """Number of blocks of a call: programs, a multiple of the specialisation's cluster."""
 
     def arguments(self, spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argument, ...]:
         """What fills the kernel's parameters, in their order."""
 
-    def needs_counter(self, specialisation: Specialisation) -> bool:
-        """Whether a launch takes the `counter`: one int32, zeroed before each launch."""
+    def needs_counter(self, spec: AttentionSpec, specialisation: Specialisation, grid: int) -> bool:
+        """Whether a call's launch of so many blocks takes the `counter`: one int32, zeroed before each launch."""
 
     def matrix_instruction(self, specialisation: Specialisation, arch: str) -> str | None:
         """The matrix instruction that a binary must hold; None where it is meant to hold none."""

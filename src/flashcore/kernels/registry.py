@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flashcore.kernels.binding import Binding
 from flashcore.kernels.hopper import binding as hopper
 from flashcore.kernels.portable import binding as portable
+from flashcore.kernels.small import binding as small
 from flashcore.kernels.specialisation import Specialisation
 from flashcore.target import SHARED_MEMORY_LIMIT
 
@@ -16,7 +17,7 @@ SHIPPED_ARCHS = ("sm_80", "sm_89", "sm_90a")
 EMPTY = Specialisation(kernel="empty", name="empty", parameters=(), constants=(), num_warps=4, num_stages=1)
 
 # What computes attention, by the name that `impl=` takes; the first that applies where measurements say nothing.
-_IN_ORDER: tuple[Binding, ...] = (hopper, portable)
+_IN_ORDER: tuple[Binding, ...] = (small, hopper, portable)
 BINDINGS = {binding.IMPL: binding for binding in _IN_ORDER}
 
 
@@ -71,6 +72,8 @@ KERNELS = {
                     "consumer",
                     "forward",
                     "gluon_api",
+                    "launches",
+                    "layouts",
                     "mask",
                     "operand",
                     "producer",
@@ -81,6 +84,17 @@ KERNELS = {
                 )
             ),
             hopper,
+            triton="3.9.0",
+        ),
+        Kernel(
+            small.KERNEL,
+            "flashcore.kernels.small.forward",
+            "small_forward",
+            (
+                *(f"kernels/hopper/{name}.py" for name in ("gluon_api", "launches", "layouts", "mask", "softmax")),
+                *(f"kernels/small/{name}.py" for name in ("cluster", "forward", "layouts", "peers")),
+            ),
+            small,
             triton="3.9.0",
         ),
     )

@@ -10,19 +10,23 @@ import torch
 
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.config import HEAD_DIMS, REGISTERS, WARPGROUP_ROWS, HopperConfig, choose_config, configurations
+from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import MAX_FACTOR, AttentionSpec
 
 KERNEL = "hopper_forward"
 IMPL = "hopper"
-ARCH = "sm_90a"
 INTEGERS = ("heads", "heads_q", "heads_per_kv", "seqlen_q", "seqlen_k", "band_lo", "band_hi", "group_heads")
-DTYPES = (torch.float16, torch.bfloat16)
 # Causal tiles are taken from a group of heads, longest first. The group's keys and values are to stay in L2, of which an H200
 # has 50 MB; fewer than 16 heads, or more than 64, cost more than they save (docs/notes/hopper-forward.md).
 L2_BUDGET = 32 * 2**20
 GROUP_HEADS = (16, 64)
 MAX_TILES = 2**30
+# Rounds of tiles that blocks take in a fixed order. With more, drawing them from a counter evens out what multiprocessors differ
+# by, and tiles of different lengths; with fewer it costs more than that, since zeroing the counter takes 2 us
+# (docs/notes/small-forward.md).
+FIXED_ROUNDS = 8
+FIXED_CAUSAL_ROUNDS = 2
 
 BandKind = Literal["none", "causal", "window"]
 
@@ -56,33 +60,11 @@ def _padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return next((d, dv) for d, dv in HEAD_DIMS if head_dim <= d and head_dim_v <= dv)
 
 
-def _attended_keys(spec: AttentionSpec) -> tuple[int, int]:
-    """[first, last) of the keys that some row attends. The others are left out of the maps, so that they are never read."""
-    first = 0 if spec.band.lo is None else max(0, spec.band.lo)
-    last = spec.seqlen_k if spec.band.hi is None else min(spec.seqlen_k, spec.seqlen_q + spec.band.hi)
-    return first, last
-
-
 def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | None:
     """Why this kernel cannot run a call on a device, or None when it can."""
-    if interpreted or arch != ARCH:
-        return f"needs a Hopper GPU ({ARCH}); got {'the interpreter' if interpreted else arch or f'device {spec.device}'}"
-    if spec.dtype not in DTYPES:
-        return f"takes float16 and bfloat16; got {str(spec.dtype).removeprefix('torch.')}"
-    if spec.mask is not None:
-        return "takes no mask"
-    if spec.needs_grad:
-        return "has no backward pass yet, and a gradient is needed"
-    if not spec.scale > 0:
-        return f"needs a scale > 0; got {spec.scale}"
-    if not (spec.contiguous_last and spec.aligned):
-        return (
-            "needs stride 1 in the last dimension, and head dims, other strides and addresses that are multiples of 16 bytes "
-            "(8 elements)"
-        )
-    first, last = _attended_keys(spec)
-    if first >= last:
-        return "needs a key that some query may attend"
+    refusal = refused(spec, arch, interpreted)
+    if refusal is not None:
+        return refusal
     if -(-spec.seqlen_q // WARPGROUP_ROWS) * spec.batch * spec.heads_q > MAX_TILES:
         return f"takes at most {MAX_TILES} tiles of {WARPGROUP_ROWS} rows"
     return None
@@ -158,14 +140,12 @@ def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisa
 
 def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
     """Number of programs of a call: one a multiprocessor, where there are as many tiles."""
-    warpgroups = dict(specialisation.constants)["WARPGROUPS"]
-    assert isinstance(warpgroups, int)
-    return min(sm_count, -(-spec.seqlen_q // (warpgroups * WARPGROUP_ROWS)) * spec.batch * spec.heads_q)
+    return min(sm_count, _tiles(spec, specialisation))
 
 
 def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argument, ...]:
     """What fills the kernel's parameters, in their order."""
-    first, last = _attended_keys(spec)
+    first, last = spec.attended_keys
     queries = (spec.batch, spec.heads_q, spec.seqlen_q)
     keys = (spec.batch, spec.heads_k, last - first)
     maps = {
@@ -207,9 +187,16 @@ def _group_heads(spec: AttentionSpec) -> int:
     return min(spec.batch * spec.heads_q, -(-wanted // heads_per_kv) * heads_per_kv)
 
 
-def needs_counter(specialisation: Specialisation) -> bool:
-    """Blocks draw their tiles from it."""
-    return True
+def needs_counter(spec: AttentionSpec, specialisation: Specialisation, grid: int) -> bool:
+    """Blocks draw their tiles from it where there are tiles for many rounds."""
+    rounds = FIXED_ROUNDS if spec.band.hi is None and spec.band.lo is None else FIXED_CAUSAL_ROUNDS
+    return _tiles(spec, specialisation) > rounds * grid
+
+
+def _tiles(spec: AttentionSpec, specialisation: Specialisation) -> int:
+    warpgroups = dict(specialisation.constants)["WARPGROUPS"]
+    assert isinstance(warpgroups, int)
+    return -(-spec.seqlen_q // (warpgroups * WARPGROUP_ROWS)) * spec.batch * spec.heads_q
 
 
 def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:

@@ -9,21 +9,11 @@ s = q k^T * scale * log2(e), and running maximum m, sum l and output o of a row:
 """
 
 from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, tma, warpgroup_mma, warpgroup_mma_wait
+from flashcore.kernels.hopper.launches import wait_for_earlier_launch
+from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.shared import Shared
 from flashcore.kernels.hopper.softmax import cap_scores, finish, first_block, hold_until_summed, next_block
-
-
-@gluon.constexpr_function
-def accumulator(columns):
-    """The layout of a [64, columns] fp32 tile in the registers of a warpgroup."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@gluon.constexpr_function
-def left_operand(columns):
-    """The layout of a left operand in registers, of a product with `columns` columns."""
-    return gl.DotOperandLayout(operand_index=0, parent=accumulator(columns), k_width=2)
 
 
 @gluon.constexpr_function
@@ -164,6 +154,7 @@ def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store
 
     `scale` holds log2(e), and with SOFTCAP the cap in place of the scale (softmax.cap_scores).
     """
+    wait_for_earlier_launch()
     WARPGROUPS: gl.constexpr = s.options.WARPGROUPS
     Q_REGISTERS: gl.constexpr = s.options.Q_REGISTERS
     O_SHARES_Q: gl.constexpr = s.options.O_SHARES_Q

@@ -1,14 +1,16 @@
 """The producer: one warp that draws tiles and keeps the rings of queries, keys and values filled by TMA."""
 
 from flashcore.kernels.hopper.gluon_api import gl, gluon
+from flashcore.kernels.hopper.launches import let_next_launch_start, wait_for_earlier_launch
 from flashcore.kernels.hopper.shared import Shared
 
 
 @gluon.jit
 def _start_draw(counter_ptr):
-    """Draw a number from the counter without waiting for it. One lane gets it, the others 0."""
+    """Draw a number from the counter without waiting for it. One lane gets it, the others 0; 0 where there is no counter."""
     return gl.inline_asm(
-        "{ .reg .pred p; mov.b32 $0, 0; elect.sync _|p, 0xffffffff; @p atom.global.add.u32 $0, [$1], 1; }",
+        "{ .reg .pred p, q; mov.b32 $0, 0; setp.ne.u64 q, $1, 0; elect.sync _|p, 0xffffffff; and.pred p, p, q; "
+        "@p atom.global.add.u32 $0, [$1], 1; }",
         "=r,l",
         [counter_ptr],
         gl.int32,
@@ -56,14 +58,19 @@ def _load_pair(s, use, k_batch, k_head, k_n, v_batch, v_head, v_n):
 
 @gluon.jit
 def produce(s: Shared, counter_ptr, heads_per_kv):
-    """Walk through tiles until there are none left; the first is the block's own, the others are drawn from the counter.
+    """Walk through tiles until there are none left.
+
+    The first is the block's own. The others are drawn from the counter or, where there is none, lie a grid's length apart.
 
     A number is drawn a tile before it is needed: an atomic takes as long as the shortest tiles.
     """
+    wait_for_earlier_launch()
     q_use = 0
     kv_use = 0
     drawn = _start_draw(counter_ptr)
-    m0, batch, head = s.tiles.locate(gl.program_id(0))
+    tile = gl.program_id(0)
+    counted = counter_ptr.to(gl.int64) != 0
+    m0, batch, head = s.tiles.locate(tile)
     begin, end = s.tiles.visited(m0)
     kv_head = head // heads_per_kv
     _load_keys(s, kv_use, batch, kv_head, end - 1)
@@ -78,7 +85,7 @@ def produce(s: Shared, counter_ptr, heads_per_kv):
 
         v_batch = batch
         v_head = kv_head
-        tile = gl.num_programs(0) + _finish_draw(drawn)
+        tile = gl.num_programs(0) + gl.where(counted, _finish_draw(drawn), tile)
         drawn = _start_draw(counter_ptr)
         m0 = -1
         if tile < s.tiles.total:
@@ -99,6 +106,7 @@ def produce(s: Shared, counter_ptr, heads_per_kv):
                 q_use = _load_queries(s, q_use, m0, batch, head)
         kv_use += 1
 
+    let_next_launch_start()
     for warpgroup in gl.static_range(s.options.WARPGROUPS):
         slot = s.q_ring.reserve(q_use + warpgroup)
         s.announce_tile(slot, -1, 0, 0)

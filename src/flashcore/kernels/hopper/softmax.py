@@ -20,11 +20,11 @@ def exp2_partly_emulated(outputs, inputs):
             lines.append(f"ex2.approx.ftz.f32 {result}, {number};")
             continue
         lines.append(f"max.NaN.f32 x, {number}, 0fC2FC0000;")  # -126: the least exponent of a normal number
-        # 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
-        lines.append("add.rn.f32 t, x, 0f4B400000; sub.rn.f32 r, t, 0f4B400000; sub.rn.f32 f, x, r;")
+        # 1.5 * 2^23 + 127: adding it rounds to an integer, which is then in the low bits with an exponent's bias on it
+        lines.append("add.rn.f32 t, x, 0f4B40007F; sub.rn.f32 r, t, 0f4B40007F; sub.rn.f32 f, x, r;")
         lines.append("fma.rn.f32 p, f, 0f3D61FBAE, 0f3E786F0D; fma.rn.f32 p, p, f, 0f3F31798D; fma.rn.f32 p, p, f, 0f3F7FFB49;")
         # 2^i by its bits, and a product rather than a sum of exponents, so that NaN stays NaN
-        lines.append(f"mov.b32 i, t; shl.b32 i, i, 23; add.s32 i, i, 0x3F800000; mov.b32 e, i; mul.rn.f32 {result}, p, e;")
+        lines.append(f"mov.b32 i, t; shl.b32 i, i, 23; mov.b32 e, i; mul.rn.f32 {result}, p, e;")
     return "\n".join([*lines, "}"])
 
 
@@ -47,13 +47,13 @@ def cap_scores(s, cap_scale):
 
 
 @gluon.jit
-def _thread_sums(p):
+def thread_sums(p):
     """[rows, 8]: sums over every eighth column: each thread adds what it holds, and nothing crosses threads inside the loop."""
     return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
-def _pivot(m_i):
+def finite_pivot(m_i):
     """A row that has attended nothing yet has m_i = -inf; any finite pivot gives it p = 0."""
     return gl.where(m_i == float("-inf"), 0.0, m_i)
 
@@ -62,30 +62,35 @@ def _pivot(m_i):
 def first_block(s, scale):
     """(p, m_i, l_i) of a row's first block of scores; l_i has 8 partial sums a row until `finish`."""
     m_i = gl.max(s, 1)
-    p = gl.exp2(s * scale - (_pivot(m_i) * scale)[:, None])
-    return p, m_i, _thread_sums(p)
+    p = gl.exp2(s * scale - (finite_pivot(m_i) * scale)[:, None])
+    return p, m_i, thread_sums(p)
 
 
 @gluon.jit
 def next_block(s, m_i, l_i, scale, EMULATE_EXP2: gl.constexpr):
     """(p, alpha, m_i, l_i) after one more block; what was accumulated so far must be multiplied by alpha."""
     m_new = gl.maximum(m_i, gl.max(s, 1))
-    pivot = _pivot(m_new)
+    pivot = finite_pivot(m_new)
     alpha = gl.exp2((m_i - pivot) * scale)
     x = s * scale - (pivot * scale)[:, None]
     if EMULATE_EXP2:
         p = gl.inline_asm(exp2_partly_emulated, ("=f", "f"), [x], x.type, True)
     else:
         p = gl.exp2(x)
-    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _thread_sums(p)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + thread_sums(p)
     return p, alpha, m_new, l_i
 
 
 @gluon.jit
-def finish(m_i, l_i, scale):
-    """(1 / l_i, natural log-sum-exp) by row; a row that attended nothing gives 0 and -inf."""
-    l_row = gl.convert_layout(gl.sum(l_i, 1), m_i.type.layout)
+def inverse_and_lse(m_i, l_row, scale):
+    """(1 / l_row, natural log-sum-exp) by row; a row that attended nothing gives 0 and -inf."""
     attended = l_row != 0.0  # true of NaN, which must reach the results
     inverse = gl.where(attended, 1.0 / l_row, 0.0)
     lse = gl.where(attended, (m_i * scale + gl.log2(l_row)) * LN_2, float("-inf"))
     return inverse, lse
+
+
+@gluon.jit
+def finish(m_i, l_i, scale):
+    """`inverse_and_lse` of partial sums."""
+    return inverse_and_lse(m_i, gl.convert_layout(gl.sum(l_i, 1), m_i.type.layout), scale)

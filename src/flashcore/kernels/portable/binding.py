@@ -194,7 +194,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
     )
 
 
-def needs_counter(specialisation: Specialisation) -> bool:
+def needs_counter(spec: AttentionSpec, specialisation: Specialisation, grid: int) -> bool:
     """Never: a program does its own tile and no other."""
     return False
 
