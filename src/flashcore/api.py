@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from flashcore import ops, torch_backend
 from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError, UnsupportedError
 from flashcore.plan import Plan, check_impl, only_torch
 from flashcore.runtime import engine
+from flashcore.runtime.fast_path import Calls, memory, plain, recall, typed
 from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors, needs_grad, shown
+
+_attention_calls, _sdpa_calls = memory(), memory()
 
 
 def attention(
@@ -58,7 +62,19 @@ def attention(
         ArgumentTypeError (a TypeError), ArgumentValueError (a ValueError): names the argument, what came, what is allowed.
         UnsupportedError (a NotImplementedError): the named impl cannot run this call on this device.
     """
-    o, lse = _dispatch(q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl)
+    calls = None
+    if not is_compiling():
+        sides = window if window is None else typed(window)
+        try:
+            calls = _attention_calls(causal, scale, sides, softcap, return_lse, layout, impl)
+        except TypeError:  # not hashable: validation says what is wrong with it
+            calls = {}
+        found = recall(calls, q, k, v, attn_mask)
+        if found is not None:
+            return found if return_lse else found[0]  # type: ignore[return-value]  # as below
+    o, lse = _dispatch(
+        q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl, calls=calls
+    )
     return (o, lse) if return_lse else o  # type: ignore[return-value]  # lse is a tensor where it was asked for
 
 
@@ -102,6 +118,15 @@ def scaled_dot_product_attention(
         ArgumentValueError: a mask together with is_causal, dropout_p outside [0, 1], NaN or infinite scale.
         What torch raises, where the call is handed to torch.
     """
+    calls = None
+    if not is_compiling():
+        try:
+            calls = _sdpa_calls(is_causal, scale, dropout_p, enable_gqa)
+        except TypeError:
+            calls = {}
+        found = recall(calls, query, key, value, attn_mask)
+        if found is not None:
+            return found[0]
     try:
         reason = _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except FlashCoreError as error:
@@ -110,8 +135,8 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    o, _ = _dispatch(query, key, value, attn_mask, is_causal, scale, None, 0.0, False, "bhsd", top_left=True, impl="auto")
-    return o
+    options = (is_causal, scale, None, 0.0, False, "bhsd")
+    return _dispatch(query, key, value, attn_mask, *options, top_left=True, impl="auto", calls=calls)[0]
 
 
 def explain_sdpa(
@@ -188,9 +213,10 @@ def _dispatch(
     *,
     top_left: bool,
     impl: str,
+    calls: Calls | None,
 ) -> engine.Result:
     """Straight to the engine in eager mode; through the operator where torch must see it (tracing, modes, subclasses)."""
-    if not torch.compiler.is_compiling() and _plain(q, k, v, attn_mask):
+    if not is_compiling() and plain(q, k, v, attn_mask):
         return engine.run(
             q,
             k,
@@ -204,6 +230,7 @@ def _dispatch(
             layout=layout,
             impl=impl,
             top_left=top_left,
+            calls=calls,
         )
     try:
         options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
@@ -218,21 +245,14 @@ def _dispatch(
     if recorded:
         return torch_backend.attend(q, k, v, attn_mask, options, return_lse)
     left, right = options.window
-    o, lse = ops.attention(
-        q, k, v, attn_mask, causal, options.scale, left, right, options.softcap, return_lse, layout, top_left, impl
-    )
-    return o, lse if return_lse else None
+    given = (attn_mask, layout, causal, options.scale, top_left, left, right, options.softcap, impl)
+    if return_lse:
+        return ops.attention_with_lse(q, k, v, *given)
+    return ops.attention(q, k, v, *given), None
 
 
 def _refuse(error: FlashCoreError) -> torch.Tensor:
     """Raise the error; under torch.compile, put an operator into the graph that raises it when the graph runs."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         raise error
     return ops.refuse(type(error).__name__, error.args[0])
-
-
-def _plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether no torch mode, transform or subclass has to see the call. What is not a tensor is plain: validation names it."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not any(isinstance(t, torch.Tensor) and type(t) is not torch.Tensor for t in tensors)

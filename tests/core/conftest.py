@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import flashcore
 from flashcore import evidence
 from flashcore.build.pool import Request, compile_all
 from flashcore.kernels.arguments import Argument
@@ -44,7 +45,7 @@ def _fresh_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
 
     def clear() -> None:
-        engine._prepared.clear()
+        engine.forget()
         for cached in _CACHED:
             cached.cache_clear()
 
@@ -204,7 +205,7 @@ class FakeDriver(ModuleType):
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
     CUtensorMapDataType = CUtensorMapSwizzle = CUtensorMapInterleave = Names()
-    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = Names()
+    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = CUlaunchAttributeID = Names()
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.driver")
@@ -263,13 +264,19 @@ class FakeDriver(ModuleType):
     class CUlaunchConfig:
         """Plain attributes; what is not set is not there to be read."""
 
+    class CUlaunchAttribute:
+        """An id, and the one member of the value that is set."""
+
+        def __init__(self) -> None:
+            self.value = SimpleNamespace(clusterDim=SimpleNamespace())
+
     def cuLaunchKernelEx(self, config, function, parameters, extra):
-        assert config.numAttrs == 0
+        assert config.numAttrs == len(config.attrs)
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         block = (config.blockDimX, config.blockDimY, config.blockDimZ)
-        return self._launch(function, *grid, *block, config.sharedMemBytes, config.hStream, parameters, extra)
+        return self._launch(function, grid, block, config.sharedMemBytes, config.hStream, config.attrs, parameters, extra)
 
-    def _launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+    def _launch(self, function, grid, block, shared, stream, attributes, parameters, extra):
         time.sleep(0)  # another thread may run before the arguments are read
         assert not parameters
         values = self._packed(int(extra))
@@ -277,7 +284,13 @@ class FakeDriver(ModuleType):
             return (Result.CUDA_ERROR_INVALID_CONTEXT,)
         self.launches.append(
             SimpleNamespace(
-                function=function, grid=(gx, gy, gz), block=(bx, by, bz), shared=shared, stream=int(stream), values=values
+                function=function,
+                grid=grid,
+                block=block,
+                shared=shared,
+                stream=int(stream),
+                attributes={one.id: one.value for one in attributes},
+                values=values,
             )
         )
         return (self._answer("cuLaunchKernelEx"),)
@@ -303,6 +316,7 @@ class FakeDriver(ModuleType):
         info = {
             "kernel": "k", "name": "the-kernel", "key": "{}", "arch": "sm_90a", "symbol": "entry",
             "parameters": placed(changes.pop("parameters", parameters)), "threads": 128, "shared": 5000,
+            "cluster": 1, "programmatic": False,
             "sha256": sha256(cubin).hexdigest(), "size": len(cubin), "source_sha256": "", "triton": "3.9.0", **changes,
         }  # fmt: skip
         return Binary(cubin, BinaryInfo(**info))
@@ -328,3 +342,62 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     return module
+
+
+class FakeLauncher:
+    """In the Launcher's place: keeps what it was given, and writes down its launches."""
+
+    launched: "Launched"
+
+    def __init__(self, binary: object, device: torch.device, *, grid: int, arguments: Sequence[Argument]) -> None:
+        self.binary, self.given_device, self.grid, self.arguments = binary, device, grid, arguments
+        self.device = 0
+
+    def launch_here(self, addresses: tuple[int, ...]) -> None:
+        self.launched.append((self, addresses))
+
+
+class Launched(list[tuple[FakeLauncher, tuple[int, ...]]]):
+    """Every launch: by which launcher, with which addresses; and calls to make some."""
+
+    launcher = FakeLauncher
+
+    @property
+    def last(self) -> FakeLauncher:
+        return self[-1][0]
+
+    @staticmethod
+    def tensor(length: int = 90, *, heads: int = 4, batch: int = 2, dim: int = 64, dtype: torch.dtype = torch.float16):
+        return torch.zeros(batch, length, heads, dim, dtype=dtype)
+
+    def call(self, **changes: object) -> dict[str, object]:
+        """Arguments of flashcore.attention, with fresh tensors."""
+        return {"q": self.tensor(70), "k": self.tensor(), "v": self.tensor(), "impl": "portable", **changes}
+
+    @staticmethod
+    def remember(call: dict[str, object]) -> None:
+        """Call often enough for the call to be remembered."""
+        for _ in range(3):
+            flashcore.attention(**call)
+
+
+@pytest.fixture
+def launched(h200: Target, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """The launches of CPU tensors that are taken for tensors on an H200, on which all of our kernels are verified."""
+    found = Launched()
+    location = store.Location("shipped", SimpleNamespace(sha256="5" * 64), Path("somewhere.cubin"))
+    monkeypatch.setattr(FakeLauncher, "launched", found, raising=False)
+    monkeypatch.setattr(launch, "Launcher", FakeLauncher)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: h200))
+    monkeypatch.setattr(store, "locate", lambda specialisation, arch: location)
+    monkeypatch.setattr(store, "obtain", lambda specialisation, target: specialisation)
+    monkeypatch.setattr(evidence, "state", lambda *arguments: "verified")
+    monkeypatch.setattr(evidence, "compare", lambda *arguments: None)
+    return found
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function; once it was called, a call that is not remembered fails."""
+    return lambda: monkeypatch.setattr(engine, "_key", lambda *arguments: pytest.fail("went by its key"))

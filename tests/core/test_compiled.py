@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashcore
+from flashcore import ops
 from flashcore.errors import UnsupportedError
 
 
@@ -103,32 +104,33 @@ def test_fake_tensors_get_shapes_and_run_nothing() -> None:
     assert (lse.shape, lse.dtype) == ((2, 4, 6), torch.float32)
 
 
-def _operator(q, k, v, mask=None, causal=False, scale=None, left=-1, right=-1, softcap=0.0, lse=False, layout="bshd"):
-    return q, k, v, mask, causal, scale, left, right, softcap, lse, layout, False, "auto"
+def _arguments(q, k, v, mask=None, causal=False, scale=None, left=-1, right=-1, softcap=0.0, layout="bshd"):
+    return q, k, v, mask, layout, causal, scale, False, left, right, softcap, "auto"
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"causal": True, "lse": True},
+        {"causal": True},
         {"left": 2, "right": 1, "scale": 0.5, "softcap": 2.0},
-        {"mask": torch.ones(5, 9, dtype=torch.bool).tril(4), "lse": True},
-        {"layout": "bhsd", "lse": True},
+        {"mask": torch.ones(5, 9, dtype=torch.bool).tril(4)},
+        {"layout": "bhsd"},
     ],
     ids=["plain", "causal", "window", "mask", "bhsd"],
 )
-def test_opcheck(options: dict) -> None:
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse"])
+def test_opcheck(name: str, options: dict) -> None:
     tensors = _qkv(5, 9)
     if options.get("layout") == "bhsd":
         tensors = [t.transpose(1, 2) for t in tensors]
-    torch.library.opcheck(torch.ops.flashcore.attention.default, _operator(*tensors, **options))
+    torch.library.opcheck(getattr(ops, name), _arguments(*tensors, **options))
 
 
 def test_opcheck_of_inputs_that_need_a_gradient() -> None:
     tensors = _qkv(5, 9, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.flashcore.attention.default, _operator(*tensors), test_utils=checks)
+    torch.library.opcheck(ops.attention, _arguments(*tensors), test_utils=checks)
 
 
 def _gradients(function: Callable, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -208,7 +210,7 @@ def test_a_named_kernel_raises_where_a_gradient_is_needed(compiled: bool, monkey
 
 def test_the_operator_has_no_backward_and_says_so() -> None:
     q, k, v = _qkv(4, 4, requires_grad=True)
-    o, _ = torch.ops.flashcore.attention(*_operator(q, k, v))
+    o = torch.ops.flashcore.attention(*_arguments(q, k, v))
     with pytest.raises(UnsupportedError, match="no backward"):
         o.sum().backward()
 
@@ -216,7 +218,7 @@ def test_the_operator_has_no_backward_and_says_so() -> None:
 def test_the_operator_needs_no_gradient_under_no_grad() -> None:
     q, k, v = _qkv(4, 4, requires_grad=True)
     with torch.no_grad():
-        o, lse = torch.ops.flashcore.attention(*_operator(q, k, v, lse=True))
+        o, lse = torch.ops.flashcore.attention_with_lse(*_arguments(q, k, v))
     torch.testing.assert_close((o, lse), tuple(t.detach() for t in flashcore.attention(q, k, v, return_lse=True)))
     assert not o.requires_grad
 
@@ -224,15 +226,17 @@ def test_the_operator_needs_no_gradient_under_no_grad() -> None:
 def test_a_dispatch_mode_sees_the_operator() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen = []
+    seen = {}
 
     class Records(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-            seen.append(str(function))
+            seen[str(function)] = arguments
             return function(*arguments, **(kwargs or {}))
 
     q, k, v = _qkv(4, 6)
     with Records():
-        o = flashcore.attention(q, k, v, causal=True)
-    assert "flashcore.attention.default" in seen
-    torch.testing.assert_close(o, flashcore.attention(q, k, v, causal=True))
+        plain = flashcore.attention(q, k, v)
+        assert len(seen.pop("flashcore.attention.default")) == 3  # what is the default is not converted, nor given to the mode
+        causal = flashcore.attention(q, k, v, causal=True)
+        assert len(seen["flashcore.attention.default"]) == 6
+    torch.testing.assert_close((plain, causal), (flashcore.attention(q, k, v), flashcore.attention(q, k, v, causal=True)))

@@ -20,6 +20,7 @@ def info() -> None:
     from flashcore import evidence
     from flashcore.build.compile import triton_version
     from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, shipped_set
+    from flashcore.runtime.fast_path import ways
     from flashcore.runtime.store import cache_folder, locate
     from flashcore.sources import kernel_hash
     from flashcore.target import SHARED_MEMORY_LIMIT, Target
@@ -31,6 +32,7 @@ def info() -> None:
         "flashcore": flashcore.__version__,
         "torch": torch.__version__,
         "triton": triton_version() or "not installed: only shipped binaries run",
+        "eager calls": ways(device),
         "device": f"{target.name}, {target.arch or 'no kernel of ours runs on it, but for the interpreter'}",
         "cache": str(cache_folder()),
         "shipped for": ", ".join(SHIPPED_ARCHS),

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flashcore import torch_backend
 from flashcore.kernels.registry import BINDINGS
 from flashcore.plan import Plan, make_plan
+from flashcore.runtime import fast_path
+from flashcore.runtime.fast_path import (
+    Calls,
+    Launch,
+    Result,
+    empty_by_dispatcher,
+    empty_directly,
+    remember,
+    typed,
+)
 from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
-Prepared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], Result]
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What runs a call; `launch` where that is one of our kernels, launched."""
+
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], Result]
+    launch: Launch | None = None
+
 
 # What one process meets is a handful of call shapes; the bound only keeps a pathological one from growing without end.
 _MAX_PREPARED = 4096
@@ -34,20 +51,32 @@ def run(
     layout: str,
     impl: str,
     top_left: bool,
+    calls: Calls | None = None,
 ) -> Result:
-    """Validate, plan and run a call; everything that depends only on the key is done once for each key."""
+    """Validate, plan and run a call; everything that depends only on the key is done once for each key.
+
+    `calls` of the entry point, for these options, remembers the call from its second time on.
+    """
     key = _key(q, k, v, attn_mask, window, (causal, scale, softcap, return_lse, layout, impl, top_left))
     prepared = None if key is None else _prepared.get(key)
     if prepared is not None:
-        return prepared(q, k, v, attn_mask)
+        if calls is not None and prepared.launch is not None:
+            remember(calls, prepared.launch, q, k, v, attn_mask)
+        return prepared.run(q, k, v, attn_mask)
     options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
     spec, plan = plan_call(q, k, v, attn_mask, options, return_lse, impl)
-    prepared = _prepare(spec, plan, options)
+    prepared = prepare(spec, plan, options)
     if len(_prepared) >= _MAX_PREPARED:
         _prepared.clear()
     if key is not None:
         _prepared[key] = prepared
-    return prepared(q, k, v, attn_mask)
+    return prepared.run(q, k, v, attn_mask)
+
+
+def forget() -> None:
+    """Prepare every call anew: what plans depend on beside their calls (evidence, the environment) has changed."""
+    _prepared.clear()
+    fast_path.forget()
 
 
 def _key(
@@ -60,7 +89,6 @@ def _key(
 ) -> Hashable | None:
     """All that a prepared call depends on; None for arguments so wrong that they make none, which validation then names."""
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
-    sides = tuple(window) if isinstance(window, list) else window
     try:
         key = (
             *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad) for t in tensors),
@@ -68,12 +96,11 @@ def _key(
             options,
             # True == 1 == 1.0 as keys, but not as arguments
             *map(type, options),
-            sides,
-            *map(type, sides or ()),
+            typed(window),
             q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
         )
         hash(key)
-    except (AttributeError, TypeError, RuntimeError):  # not a tensor, not hashable or iterable, a tensor without memory
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, not hashable, a tensor without memory
         return None
     return key
 
@@ -92,46 +119,60 @@ def plan_call(
     return spec, make_plan(spec, Target.of(spec.device), impl)
 
 
-def _prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
+def prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
+    """Everything of such calls that does not depend on the tensors' memory, done."""
     if plan.impl == torch_backend.IMPL:
-        return lambda q, k, v, attn_mask: torch_backend.attend(q, k, v, attn_mask, options, spec.return_lse)
+        return Prepared(lambda q, k, v, attn_mask: torch_backend.attend(q, k, v, attn_mask, options, spec.return_lse))
     if plan.interpreted:
         return _prepare_interpreted(spec, plan)
-    return _prepare_launch(spec, plan)
+    launch = _prepare_launch(spec, plan)
+    return Prepared(
+        lambda q, k, v, attn_mask: launch(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if attn_mask is None else attn_mask.data_ptr()
+        ),
+        launch,
+    )
 
 
-def _outputs(spec: AttentionSpec) -> Result:
-    o = torch.empty(spec.output_shape, dtype=spec.dtype, device=spec.device)
-    lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if spec.return_lse else None
-    return o, lse
-
-
-def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
+def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Launch:
     from flashcore.runtime.launch import Launcher
     from flashcore.runtime.store import obtain
 
     assert plan.specialisation is not None
     binding = BINDINGS[plan.impl]
-    counted = binding.needs_counter(plan.specialisation)
+    counted = binding.needs_counter(spec, plan.specialisation, plan.grid)
     device = spec.device
-    launch_kernel = Launcher(
+    launcher = Launcher(
         obtain(plan.specialisation, Target.of(device)),
         device,
         grid=plan.grid,
         arguments=binding.arguments(spec, plan.specialisation),
-    ).launch
+    )
+    # every name that a launch uses is a variable of this function: nothing is looked up in an object or a module
+    launch_here, index = launcher.launch_here, launcher.device
+    directly, by_dispatcher = empty_directly(device), empty_by_dispatcher(device)
+    current_device, deterministic = torch._C._cuda_getDevice, torch._C._get_deterministic_algorithms
+    o_shape, o_strides, dtype = spec.output_shape, _contiguous(spec.output_shape), spec.dtype
+    lse_shape, lse_strides, float32 = spec.lse_shape, _contiguous(spec.lse_shape), torch.float32
+    with_lse = spec.return_lse
 
-    def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
-        o, lse = _outputs(spec)
+    def launch(q: int, k: int, v: int, attn_mask: int) -> Result:
+        if current_device() != index:
+            with torch.cuda.device(index):
+                return launch(q, k, v, attn_mask)
+        # the dispatcher's fills the memory where deterministic algorithms are asked for, by which `verify` poisons it
+        empty = by_dispatcher if deterministic() else directly
+        o = empty(o_shape, o_strides, dtype)
+        lse = empty(lse_shape, lse_strides, float32) if with_lse else None
         # one for each launch, so that streams, threads and graphs share none
         counter = torch.zeros(1, dtype=torch.int32, device=device) if counted else None
         # in the order of kernels.arguments.TENSORS
-        launch_kernel(
+        launch_here(
             (
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                0 if attn_mask is None else attn_mask.data_ptr(),
+                q,
+                k,
+                v,
+                attn_mask,
                 o.data_ptr(),
                 0 if lse is None else lse.data_ptr(),
                 0 if counter is None else counter.data_ptr(),
@@ -142,6 +183,10 @@ def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Prepared:
     return launch
 
 
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
 def _prepare_interpreted(spec: AttentionSpec, plan: Plan) -> Prepared:
     from flashcore.runtime.interpret import interpret
 
@@ -150,8 +195,9 @@ def _prepare_interpreted(spec: AttentionSpec, plan: Plan) -> Prepared:
     arguments = BINDINGS[plan.impl].arguments(spec, specialisation)
 
     def run_interpreted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
-        o, lse = _outputs(spec)
+        o = torch.empty(spec.output_shape, dtype=spec.dtype, device=spec.device)
+        lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if spec.return_lse else None
         interpret(specialisation, plan.grid, arguments, {"q": q, "k": k, "v": v, "mask": attn_mask, "o": o, "lse": lse})
         return o, lse
 
-    return run_interpreted
+    return Prepared(run_interpreted)
