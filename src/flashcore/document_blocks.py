@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from flashcore import evidence
 from flashcore.bench.artifact import Artifact, load
 from flashcore.bench.bar_view import bar_view
+from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.markdown import to_markdown, view_to_markdown
 from flashcore.bench.shapes import DTYPES
-from flashcore.bench.view import figure
+from flashcore.bench.view import View, figure
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
 from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
@@ -31,15 +32,16 @@ from flashcore.verify.record import CaseRecord, VerifyRecord, counts, read
 from flashcore.verify.suite import VERDICTS
 
 NOTHING = "no artifact recorded"
-HOPPER, PORTABLE, FLASH, CUDNN = "flashcore-hopper", "flashcore-portable", "sdpa-flash", "sdpa-cudnn"
+SMALL, HOPPER, PORTABLE = "flashcore-small", "flashcore-hopper", "flashcore-portable"
+FLASH, CUDNN = "sdpa-flash", "sdpa-cudnn"
 # What a reader compares first; EVALUATION.md has the whole tables.
-COMPACT = ("flashcore", HOPPER, PORTABLE, FLASH, CUDNN)
+COMPACT = ("flashcore", SMALL, HOPPER, PORTABLE, FLASH, CUDNN)
 # Each kernel with the peer that its mean over a grid is told against.
-MEANS = ((HOPPER, CUDNN), (PORTABLE, FLASH))
+MEANS = ((SMALL, CUDNN), (HOPPER, CUDNN), (PORTABLE, FLASH))
 
 
 class HostTime(BaseModel):
-    """Host time of one call, in microseconds."""
+    """Time of one call, in microseconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,13 +51,15 @@ class HostTime(BaseModel):
 
 
 class LaunchCost(BaseModel):
-    """What tools/launch_cost.py writes."""
+    """What tools/launch_cost.py writes; schema 1 had no streams of calls."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     environment: Environment
     host_us_per_call: dict[str, HostTime]
+    # wall time, with the synchronisation after the last of many calls in a row
+    stream_us_per_call: dict[str, HostTime] = {}
 
 
 class WheelVerdict(BaseModel):
@@ -149,14 +153,20 @@ def _mean_ratio(artifact: Artifact) -> list[str]:
     return notes
 
 
-def bar() -> str:
-    """The bar of the kernel for Hopper beside what was measured."""
-    return _each("bench-fa", lambda path: _bar(path, load(path)))
+def bar(grid: str) -> str:
+    """The bar over a grid beside what was measured."""
+    return _each(f"bench-{grid}", partial(_of_view, bar_view))
 
 
-def _bar(path: Path, artifact: Artifact) -> str:
-    view = bar_view(artifact)
-    table = "no run of the bar's grid on a GPU\n" if view is None else view_to_markdown(view).rstrip()
+def crossover() -> str:
+    """Where our kernels change places."""
+    return _each("bench-crossover", partial(_of_view, crossover_view))
+
+
+def _of_view(make: Callable[[Artifact], View | None], path: Path) -> str:
+    artifact = load(path)
+    view = make(artifact)
+    table = "no run of the grid on a GPU\n" if view is None else view_to_markdown(view).rstrip()
     return f"{table}\n- {_origin(path, artifact.environment)}"
 
 
@@ -230,8 +240,13 @@ def _launch(path: Path) -> str:
         cost = LaunchCost.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
         raise ArgumentValueError(f"artifact: {path} is not what tools/launch_cost.py writes: {error}") from error
-    rows = [(name, *map(figure, (t.median, t.min, t.max))) for name, t in cost.host_us_per_call.items()]
-    table = _table(("call", "host us, median", "min", "max"), rows)
+    streams = cost.stream_us_per_call
+    columns = ("call", "host us, median", "min", "max", *(("in a stream, median",) if streams else ()))
+    rows = []
+    for name, host in cost.host_us_per_call.items():
+        stream = (figure(streams[name].median) if name in streams else "-",) if streams else ()
+        rows.append((name, *map(figure, (host.median, host.min, host.max)), *stream))
+    table = _table(columns, rows)
     return f"{table}\n\n- {_origin(path, cost.environment)}"
 
 
@@ -265,7 +280,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "wheel": wheel,
     "small-full": partial(benchmark, "small"),
     "fa-full": partial(benchmark, "fa"),
-    "bar": bar,
+    "bar-fa": partial(bar, "fa"),
+    "bar-small": partial(bar, "small"),
+    "crossover": crossover,
     "verify": verification,
     "launch": launch,
 }

@@ -62,7 +62,11 @@ def _record(shape: Shape) -> ShapeRecord:
                 name="empty kernel",
                 kind="floor",
                 status="timed",
-                series=[SeriesRecord.of(Series("device_warm", 512, around(1.2)))],
+                series=[
+                    SeriesRecord.of(Series("device_warm", 512, around(1.2))),
+                    SeriesRecord.of(Series("eager_stream", 100, around(4.7, 20))),
+                    SeriesRecord.of(Series("eager_latency", 1, around(15.0, 50))),
+                ],
             ),
         ],
     )

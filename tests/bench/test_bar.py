@@ -1,4 +1,4 @@
-"""The bar of the kernel for Hopper: its cells, its verdicts, and that nothing missed or missing is hidden."""
+"""The bar of the kernel for Hopper, and what both bars share: cells, verdicts, and that nothing missed or missing is hidden."""
 
 import io
 import statistics
@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from flashcore.bench import bar, work
+from flashcore.bench import work
 from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, ShapeRecord
-from flashcore.bench.bar_view import COLUMNS, bar_view, verdict
+from flashcore.bench.bar import BARS, FA, LENGTHS
+from flashcore.bench.bar_view import bar_view, verdict
 from flashcore.bench.markdown import view_to_markdown
 from flashcore.bench.report import print_report
 from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
@@ -18,6 +19,7 @@ from flashcore.bench.view import View
 
 Make = Callable[..., Artifact]
 Ratios = Callable[[Shape], float]
+OURS, PEER = FA.ours, "sdpa-cudnn"
 CUDNN_US = 9.0  # what the artifact of conftest.py has for every shape
 
 
@@ -37,9 +39,9 @@ def _artifact(
         retimed = None if other is None else CUDNN_US
         ours_again = None if other is None else CUDNN_US / other(record.shape)
         hopper = ContenderRecord(
-            name=bar.OURS, kind="ours", status="timed", series=series(CUDNN_US / first(record.shape), ours_again)
+            name=OURS, kind="ours", status="timed", series=series(CUDNN_US / first(record.shape), ours_again)
         )
-        peer = ContenderRecord(name=bar.PEER, kind="sdpa", status="timed", series=series(CUDNN_US, retimed))
+        peer = ContenderRecord(name=PEER, kind="sdpa", status="timed", series=series(CUDNN_US, retimed))
         auto = ContenderRecord(name="flashcore", kind="ours", status="timed", series=series(CUDNN_US / 2, None))
         return record.model_copy(update={"contenders": [hopper, peer, auto]})
 
@@ -48,27 +50,32 @@ def _artifact(
     return artifact.model_copy(update={"settings": settings, "shapes": [changed(record) for record in artifact.shapes]})
 
 
+def _bar_of(shape: Shape) -> float | None:
+    (cell,) = FA.of(shape)
+    return cell.faster
+
+
 def _wanted(shape: Shape) -> float:
-    return bar.bar_of(shape) or 1.0
+    return _bar_of(shape) or 1.0
 
 
 def _rows(view: View | None) -> dict[str, dict[str, str]]:
     assert view is not None
-    return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in view.rows}
+    return {row[0]: dict(zip(view.columns, row, strict=True)) for row in view.rows}
 
 
-RATIO, OTHER = f"{bar.OURS} / {bar.PEER}", "in the other order"
+RATIO, OTHER = f"{OURS} / {PEER}", "in the other order"
+CELLS = tuple(cell.shape for cell in FA.cells)
 
 
 def test_the_bar_has_its_24_cells() -> None:
-    cells = bar.cells()
-    assert len(cells) == 24 and {shape.seqlen_q for shape in cells} == set(bar.LENGTHS)
-    assert {(shape.head_dim, shape.causal) for shape in cells} == {(d, c) for d in (64, 128, 256) for c in (False, True)}
-    by_cell = {(shape.head_dim, shape.seqlen_q, shape.causal): bar.bar_of(shape) for shape in cells}
+    assert len(CELLS) == 24 and {shape.seqlen_q for shape in CELLS} == set(LENGTHS)
+    assert {(shape.head_dim, shape.causal) for shape in CELLS} == {(d, c) for d in (64, 128, 256) for c in (False, True)}
+    by_cell = {(shape.head_dim, shape.seqlen_q, shape.causal): _bar_of(shape) for shape in CELLS}
     assert by_cell[64, 4096, False] == 1.11 and by_cell[64, 4096, True] == 1.10
     assert by_cell[128, 1024, False] == 1.03 and by_cell[128, 1024, True] == 1.18
     assert by_cell[256, 16384, False] == 1.02 and by_cell[256, 16384, True] == 1.04
-    assert bar.bar_of(NAMED_SHAPES["mission"]) is None
+    assert _bar_of(NAMED_SHAPES["mission"]) is None
 
 
 def test_what_reaches_the_bar_in_both_orders_meets_it(make_artifact: Make) -> None:
@@ -76,18 +83,18 @@ def test_what_reaches_the_bar_in_both_orders_meets_it(make_artifact: Make) -> No
     assert len(rows) == 37
     for shape in GRIDS["fa"]:
         row = rows[shape.label]
-        wanted = bar.bar_of(shape)
+        wanted = _bar_of(shape)
         assert row["verdict"] == ("-" if wanted is None else "met")
         assert row["bar"] == ("-" if wanted is None else f"{wanted:.2f}")
         assert row[RATIO].startswith(f"{(wanted or 1.0) + 0.2:.3f} [") and row[OTHER] == f"{(wanted or 1.0) + 0.1:.3f}"
         assert row["flashcore / sdpa-cudnn"] == "2.000"
     mean = rows["geometric mean of the bar's 24 cells"]
-    of_cells = statistics.geometric_mean(_wanted(shape) + 0.2 for shape in bar.cells())
+    of_cells = statistics.geometric_mean(_wanted(shape) + 0.2 for shape in CELLS)
     assert mean[RATIO] == f"{of_cells:.3f}" and mean["verdict"] == "met"
 
 
 def test_a_miss_is_shown_in_its_row_and_in_the_mean(make_artifact: Make) -> None:
-    slow = next(shape for shape in bar.cells() if (shape.head_dim, shape.seqlen_q, shape.causal) == (128, 4096, True))
+    slow = next(shape for shape in CELLS if (shape.head_dim, shape.seqlen_q, shape.causal) == (128, 4096, True))
 
     def first(shape: Shape) -> float:
         return 1.21 if shape == slow else 1.0
@@ -100,33 +107,59 @@ def test_a_miss_is_shown_in_its_row_and_in_the_mean(make_artifact: Make) -> None
     assert rows["geometric mean of the bar's 24 cells"]["verdict"] == "missed"
 
 
+def test_the_cells_are_counted_and_those_of_shapes_left_out_are_not_timed(make_artifact: Make) -> None:
+    def first(shape: Shape) -> float:
+        return 1.0
+
+    whole = bar_view(_artifact(make_artifact, first, first))
+    assert whole is not None and "4 of the bar's 24 cells met; 20 missed" in whole.notes
+    part = bar_view(_artifact(make_artifact, first, first, shapes=GRIDS["fa"][:4]))
+    assert part is not None and "0 of the bar's 24 cells met; 3 missed; 21 not timed" in part.notes
+
+
+def test_a_bar_speaks_of_shapes_of_its_grid_alone() -> None:
+    assert BARS.keys() == {"fa", "small"}
+    for grid, bar in BARS.items():
+        assert bar.grid == grid and {cell.shape for cell in bar.cells} <= set(GRIDS[grid])
+
+
 @pytest.mark.parametrize(
-    ("first", "other", "words"),
+    ("reached", "words"),
     [
-        (1.10, 1.10, "met"),
-        (1.0999, 1.10, "missed in one order"),
-        (1.2, 1.0, "missed in one order"),
-        (1.0, 1.09, "missed"),
-        (1.2, None, "met, in one order"),
-        (1.0, None, "missed"),
-        (None, None, "not timed"),
-        (None, 1.2, "not timed"),
+        ((True, True), "met"),
+        ((False, True), "missed in one order"),
+        ((True, False), "missed in one order"),
+        ((False, False), "missed"),
+        ((True, None), "met, in one order"),
+        ((False, None), "missed"),
+        ((None, None), "not timed"),
+        ((None, True), "not timed"),
+        ((True,), "met"),
+        ((False,), "missed"),
+        ((None,), "not timed"),
     ],
 )
-def test_verdicts(first: float | None, other: float | None, words: str) -> None:
-    assert verdict(1.10, first, other) == words
+def test_verdicts(reached: tuple[bool | None, ...], words: str) -> None:
+    assert verdict(reached) == words
+
+
+def test_just_below_the_bar_is_missed(make_artifact: Make) -> None:
+    shape = CELLS[2]
+    for first, words in ((_wanted(shape), "met"), (_wanted(shape) - 1e-3, "missed in one order")):
+        rows = _rows(bar_view(_artifact(make_artifact, lambda s, f=first: f, lambda s: 2.0, shapes=(shape,))))
+        assert rows[shape.label]["verdict"] == words
 
 
 def test_a_cell_that_was_not_timed_leaves_no_mean(make_artifact: Make) -> None:
     whole = _artifact(make_artifact, lambda s: 2.0)
-    failed = ContenderRecord(name=bar.OURS, kind="ours", status="wrong", reason="max error")
+    failed = ContenderRecord(name=OURS, kind="ours", status="wrong", reason="max error")
     record = whole.shapes[0].model_copy(update={"contenders": [failed, *whole.shapes[0].contenders[1:]]})
     rows = _rows(bar_view(whole.model_copy(update={"shapes": [record, *whole.shapes[1:]]})))
     assert rows[GRIDS["fa"][0].label]["verdict"] == "not timed" and rows[GRIDS["fa"][0].label][RATIO] == "-"
     mean = rows["geometric mean of the bar's 24 cells"]
     assert (mean[RATIO], mean["verdict"]) == ("-", "not timed")
     # cells that are not of the bar are not missed from it
-    of_bar = _rows(bar_view(_artifact(make_artifact, lambda s: 2.0, shapes=bar.cells())))
+    of_bar = _rows(bar_view(_artifact(make_artifact, lambda s: 2.0, shapes=CELLS)))
     assert of_bar["geometric mean of the bar's 24 cells"]["verdict"] == "met, in one order"
 
 
@@ -152,7 +185,7 @@ def test_how_far_the_orders_differ_is_said(make_artifact: Make) -> None:
 
 def test_only_a_gpu_run_of_its_grid_has_the_table(make_artifact: Make) -> None:
     artifact = _artifact(make_artifact, lambda s: 1.0)
-    other = artifact.model_copy(update={"settings": artifact.settings.model_copy(update={"grid": "small"})})
+    other = artifact.model_copy(update={"settings": artifact.settings.model_copy(update={"grid": "decode"})})
     cpu = artifact.model_copy(update={"environment": artifact.environment.model_copy(update={"gpu": None})})
     assert bar_view(other) is None and bar_view(cpu) is None
 

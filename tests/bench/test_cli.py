@@ -47,6 +47,8 @@ def test_a_wrong_result_of_ours_is_exit_1(monkeypatch, tmp_path: Path, capsys) -
         (("--grid", "fa", "--eager"), True, True),
         (("--grid", "small"), False, True),
         (("--grid", "small", "--no-eager"), False, False),
+        (("--grid", "decode"), False, True),
+        (("--grid", "crossover", "--no-eager"), False, False),
         (("--shape", "tiny"), False, True),
     ],
 )
@@ -68,7 +70,7 @@ def test_the_bars_grid_is_timed_in_both_orders_without_python_calls(
     ("arguments", "named"),
     [
         (("--shape", "1,8,512"), "B,H,S,D"),
-        (("--grid", "big"), "small, fa, features, decode"),
+        (("--grid", "big"), "small, fa, features, decode, crossover"),
         (("--grid", "fa", "--shape", "tiny"), "one of them"),
         (("--dtype", "fp8"), "fp16, bf16, fp32"),
         (("--impl", "magic"), "flashcore-portable"),

@@ -67,6 +67,9 @@ def test_selection() -> None:
     assert {"flashcore", "flashcore-portable", "sdpa-flash", "sdpa-cudnn", "sdpa-auto"} <= {c.name for c in chosen}
     assert not set(left_out) & {c.name for c in chosen}
     assert "compiles anew" in left_out["flex"] and "--impl sdpa-efficient" in left_out["sdpa-efficient"]
+    # what the planner's comparisons need
+    crossover = {c.name for c in select([], "crossover")[0]}
+    assert {"sdpa-auto", *(f"flashcore-{impl}" for impl in BINDINGS)} <= crossover
     assert [c.name for c in select(["flex", "flashcore", "flex"], "fa")[0]] == ["flex", "flashcore"]
     assert len(select([], None)[0]) == len(contenders())
     with pytest.raises(ArgumentValueError, match="impl: nonsense is unknown; allowed: flashcore"):

@@ -1,5 +1,9 @@
 """Shapes: what the command line writes, what the grids hold, what is refused."""
 
+import math
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
@@ -36,7 +40,7 @@ def test_bad_text_names_what_is_allowed(text: str) -> None:
 
 
 def test_unknown_grid_and_dtype() -> None:
-    with pytest.raises(ArgumentValueError, match="small, fa, features, decode"):
+    with pytest.raises(ArgumentValueError, match="small, fa, features, decode, crossover"):
         grid("large")
     with pytest.raises(ArgumentValueError, match="fp16, bf16, fp32"):
         override((NAMED_SHAPES["mission"],), causal=False, dtype="int8")
@@ -50,6 +54,21 @@ def test_fa_grid_holds_16k_tokens_and_hidden_2048() -> None:
     }
     assert {s.batch * s.seqlen_q for s in cells} == {16384}
     assert {s.heads_q * s.head_dim for s in cells} == {2048}
+
+
+def test_crossover_grid_leaves_no_size_between_few_tiles_and_many_far_from_a_measured_shape() -> None:
+    cells = grid("crossover")
+    assert len(set(cells)) == len(cells) == 28 and all(s.dtype == "fp16" and s.mask == "none" for s in cells)
+    assert {s.seqlen_q for s in cells} == {64, 128, 256, 512, 1024, 2048} and {s.head_dim for s in cells} == {32, 64, 128}
+    assert {s.batch * s.heads_q for s in cells} == {4, 8, 32, 128}
+    assert {replace(s, causal=True) for s in cells} == {s for s in cells if s.causal}
+    # as the planner reckons distance, in factors of two (evidence/__init__.py): batch * heads and the lengths weigh alike
+    measured = [s for name in ("small", "fa", "crossover") for s in GRIDS[name] if s.head_dim == 64]
+    for causal in (False, True):
+        places = [(math.log2(s.batch * s.heads_q), math.log2(s.seqlen_q)) for s in measured if s.causal == causal]
+        for heads, length in product(range(2, 9), range(6, 12)):
+            if 9 <= heads + length <= 16:  # from 8 tiles of 64 rows to 1024
+                assert min(abs(heads - h) + abs(length - n) for h, n in places) <= 2
 
 
 def test_override_causal_keeps_each_shape_once() -> None:

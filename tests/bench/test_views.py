@@ -12,7 +12,7 @@ from flashcore.bench.artifact import Artifact
 from flashcore.bench.markdown import to_markdown
 from flashcore.bench.report import print_report
 from flashcore.bench.shapes import GRIDS, Shape, parse_shape
-from flashcore.bench.view import grid_view, rate, shape_view, unit_of
+from flashcore.bench.view import View, call_view, grid_view, rate, shape_view, unit_of, views
 from flashcore.errors import UnsupportedError
 
 Make = Callable[..., Artifact]
@@ -48,6 +48,40 @@ def test_grid_table_has_a_row_a_shape(make_artifact: Make) -> None:
     assert view.rows[0][view.columns.index("flashcore / best SDPA")].startswith("1.12 [")
     assert view.rows[0][view.columns.index("flex")] == "failed" and "xformers" not in view.columns
     assert "xformers: not timed: xformers is not installed (all shapes)" in view.notes
+
+
+def _cells(view: View) -> dict[str, str]:
+    return dict(zip(view.columns, view.rows[0], strict=True))
+
+
+def test_a_grid_has_tables_of_warm_of_cold_and_of_calls_where_these_were_timed(make_artifact: Make) -> None:
+    artifact = make_artifact(*GRIDS["small"])
+    warm, cold, calls = views(artifact)
+    assert (_cells(warm)["flashcore"], _cells(cold)["flashcore"]) == ("8.00 (67.1)", "12.0 (44.7)")
+    assert _cells(calls)["flashcore"] == "24.0 (32.0)" and _cells(calls)["sdpa-cudnn"] == "27.0 (36.0)"
+    # the floor stands beside them, without a rate
+    assert (_cells(warm)["empty kernel"], _cells(calls)["empty kernel"]) == ("1.20", "4.70 (15.0)")
+    assert [row[0] for row in calls.rows] == [shape.label for shape in GRIDS["small"]]
+    assert _cells(calls)["flex"] == "failed" and "xformers" not in calls.columns
+
+    def without(*modes: str) -> Artifact:
+        records = [
+            record.model_copy(
+                update={
+                    "contenders": [
+                        contender.model_copy(update={"series": [s for s in contender.series if s.mode not in modes]})
+                        for contender in record.contenders
+                    ]
+                }
+            )
+            for record in artifact.shapes
+        ]
+        return artifact.model_copy(update={"shapes": records})
+
+    assert views(without("eager_stream", "eager_latency")) == [warm, cold]
+    assert views(without("device_cold")) == [warm, calls]
+    # a series that only some shapes have leaves a gap, not a figure
+    assert _cells(call_view(without("eager_latency")))["flashcore"] == "24.0 (-)"
 
 
 def test_decode_is_rated_by_its_bytes(make_artifact: Make, decode_shapes: tuple[Shape, ...]) -> None:

@@ -21,10 +21,12 @@ from flashcore.verify.record import BinaryRecord, CaseRecord, Error, VerifyRecor
 
 MEDIANS = {
     "flashcore": 8.0,
+    "flashcore-small": 4.0,
     "flashcore-hopper": 4.5,
     "flashcore-portable": 5.0,
     "sdpa-flash": 10.0,
     "sdpa-cudnn": 9.0,
+    "sdpa-efficient": 20.0,
     "unfused": 123.0,
 }
 
@@ -62,7 +64,12 @@ def environment() -> Environment:
 def _series(median: float) -> list[SeriesRecord]:
     samples = (median * 0.99, median, median * 1.01)
     ratio = ratio_of_medians(samples, (8.9, 9.0, 9.1), baseline="sdpa-cudnn")
-    modes = (Series("device_warm", 100, samples), Series("device_cold", 100, tuple(2 * s for s in samples)))
+    modes = (
+        Series("device_warm", 100, samples),
+        Series("device_cold", 100, tuple(2 * s for s in samples)),
+        Series("eager_stream", 100, tuple(3 * s for s in samples)),
+        Series("eager_latency", 1, tuple(4 * s for s in samples)),
+    )
     return [SeriesRecord.of(series).model_copy(update={"ratio": ratio}) for series in modes]
 
 
@@ -170,10 +177,11 @@ def record(checkout: Path) -> Callable[[], Path]:
         folder = evidence.FOLDER / "nvidia-h200"
         folder.mkdir()
         _artifact((NAMED_SHAPES["mission"],)).save(folder / "bench-mission.json")
-        _artifact(GRIDS["small"]).save(folder / "bench-small.json")
+        _artifact(GRIDS["small"], "small").save(folder / "bench-small.json")
         _artifact(GRIDS["fa"][:4], "fa").save(folder / "bench-fa.json")
         _artifact(GRIDS["decode"]).save(folder / "bench-decode.json")
         _artifact(GRIDS["features"]).save(folder / "bench-features.json")
+        _artifact(GRIDS["crossover"], "crossover").save(folder / "bench-crossover.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())
         (folder / "index.json").write_text(_index().model_dump_json())
         cost = {

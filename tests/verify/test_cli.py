@@ -62,7 +62,7 @@ def test_mutations() -> None:
     ("arguments", "words"),
     [
         (("--only", "nothing*"), "matches none"),
-        (("--suite", "everything"), "allowed: mission, edge, tile, shipped, all"),
+        (("--suite", "everything"), "allowed: mission, edge, tile, short, shipped, all"),
         (("--impl", "cudnn"), "allowed: 'ours', 'auto'"),
         (("--mutations", "--record", "x.json"), "nothing to record"),
     ],

@@ -11,6 +11,8 @@ from flashcore.kernels.registry import BINDINGS, SHIPPED_ARCHS
 from flashcore.spec import AttentionSpec
 from flashcore.verify import inputs
 from flashcore.verify.cases import Case, select
+from flashcore.verify.short_cases import HALF as SHORT_HALF
+from flashcore.verify.short_cases import HEAD_DIMS, OTHER_HEAD_DIMS, short_cases
 from flashcore.verify.subject import spec_of
 from flashcore.verify.tile_cases import BETWEEN_DIMS, DIMS, HALF, KEYS, QUERIES, tile_cases
 
@@ -63,8 +65,8 @@ def test_every_shipped_binary_runs_in_some_case(impl: str, arch: str) -> None:
     assert [one.name for one in binding.shipped(arch) if one not in reached] == []
 
 
-@pytest.mark.parametrize("impl", BINDINGS)
-def test_every_kernel_for_hopper_takes_every_tile_case(impl: str) -> None:
+@pytest.mark.parametrize("impl", ["hopper", "portable"])
+def test_every_kernel_for_any_length_takes_every_tile_case(impl: str) -> None:
     binding = BINDINGS[impl]
     refusals = {case.name: binding.reject(_specs()[case.name], "sm_90a", False) for case in tile_cases()}
     assert {name: reason for name, reason in refusals.items() if reason is not None} == {}
@@ -103,3 +105,63 @@ def test_persistent_blocks_take_several_tiles_of_192_rows() -> None:
     cases = [case for case in tile_cases() if case.name.startswith("many-")]
     assert all(case.batch * case.heads_q * -(-case.seqlen_q // 192) > 4 * 132 for case in cases)
     assert any(case.batch * case.heads_q % 2 and case.heads_q > case.heads_k and case.causal for case in cases)
+
+
+def _tiles(case: Case) -> int:
+    return case.batch * case.heads_q * -(-case.seqlen_q // 64)
+
+
+@pytest.mark.parametrize("impl", BINDINGS)
+def test_every_kernel_takes_the_short_cases_that_are_small_with_a_positive_scale(impl: str) -> None:
+    # a kernel of tiles that share a cluster may leave more keys and more tiles to others
+    few = [case for case in short_cases() if case.seqlen_k <= 512 and _tiles(case) <= 132]
+    small = [case for case in few if case.scale is None or case.scale > 0]
+    assert len(small) > 200
+    refusals = {case.name: BINDINGS[impl].reject(_specs()[case.name], "sm_90a", False) for case in small}
+    assert {name: reason for name, reason in refusals.items() if reason is not None} == {}
+
+
+def test_the_short_cases_have_every_odd_length_causal_and_not_with_their_lse() -> None:
+    cases = [case for case in short_cases() if case.name.startswith("short-self-")]
+    assert {case.seqlen_q for case in cases} == set(range(1, 130, 2))
+    assert all(case.seqlen_q == case.seqlen_k and case.return_lse and case.head_dim == 64 for case in cases)
+    # neither causal nor its absence keeps to a residue, nor to an end of the range
+    for causal in (False, True):
+        lengths = [case.seqlen_q for case in cases if case.causal == causal]
+        assert {length % 16 for length in lengths} == set(range(1, 16, 2)) and {1, 63, 65, 127, 129} <= set(lengths)
+
+
+def test_short_lengths_that_differ_leave_rows_without_keys_and_keys_without_rows() -> None:
+    cases = [case for case in short_cases() if case.seqlen_q != case.seqlen_k and max(case.seqlen_k, case.seqlen_q) < 300]
+    kinds = {(case.seqlen_q > case.seqlen_k, case.seqlen_k % 2, case.causal) for case in cases}
+    assert kinds == {(more, odd, causal) for more in (False, True) for odd in (0, 1) for causal in (False, True)}
+    assert max(case.seqlen_q - case.seqlen_k for case in cases if case.causal) > 64
+
+
+def test_every_edge_of_tiles_and_shares_is_met_from_both_sides() -> None:
+    pairs = {(case.seqlen_q, case.seqlen_k) for case in short_cases()}
+    for edge in (64, 128, 256, 512, 1024):
+        assert {edge - 1, edge, edge + 1} <= {q for q, _ in pairs} & {k for _, k in pairs}
+
+
+def test_short_head_dims_come_with_nan_beyond_them_and_in_both_dtypes() -> None:
+    cases = [case for case in short_cases() if case.name.startswith("short-dim-") and case.head_dim == case.dim_v]
+    assert {case.head_dim for case in cases} == set(range(8, 129, 8)) == {*HEAD_DIMS, *OTHER_HEAD_DIMS}
+    assert {(case.head_dim, case.dtype) for case in cases} >= {(d, t) for d in HEAD_DIMS for t in SHORT_HALF.values()}
+    assert {case.head_dim for case in cases if case.storage == "padded"} == set(range(8, 129, 8))
+
+
+def test_short_grids_are_below_and_above_the_multiprocessors_for_each_size_of_cluster() -> None:
+    tiles = sorted({_tiles(case) for case in short_cases() if case.name.startswith("short-heads-")})
+    for cluster in (1, 2, 4):
+        blocks = [cluster * number for number in tiles]
+        assert SM_COUNTS["sm_90a"] in blocks and blocks[0] < 132 < 264 <= blocks[-1]
+
+
+def test_short_cases_are_few_and_cheap() -> None:
+    cases = short_cases()
+    assert len(cases) <= 260
+    scores = sorted(case.batch * case.heads_q * case.seqlen_q * case.seqlen_k for case in cases)
+    assert scores[-1] < 2**22 and scores[len(scores) // 2] < 2**17
+    # what takes Triton's interpreter long is for GPUs
+    assert all(case.needs_bytes or _tiles(case) <= 132 for case in cases)

@@ -1,32 +1,109 @@
-"""The bar of the forward kernel for Hopper: what this project means to reach on an H200. A target, not a measurement."""
+"""The bars: what this project means to reach on an H200, each over one grid. Targets, not measurements.
+
+One convention holds inside: a cell wants ours to be at least so many times as fast as the fastest of the peers, which is that
+peer's median over ours in the same run. `told` says in which terms a bar was set and is shown: "rates", ours over the peer's
+and at least the figure, or "times", ours over the peer's and at most the figure, which is one over the figure inside.
+"""
 
 from __future__ import annotations
 
-from flashcore.bench.shapes import GRIDS, Shape
+from dataclasses import dataclass
+from typing import Literal
 
-GRID = "fa"
-# Whose time is compared with whose: each figure is PEER's median over OURS in one run, above 1 where ours is faster.
-OURS = "flashcore-hopper"
-PEER = "sdpa-cudnn"
+from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
+from flashcore.bench.timing import Mode
+
+Told = Literal["rates", "times"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is wanted of one series on one shape: to be so many times as fast as the peers, or to take at most `us`.
+
+    With neither it is measured and not judged.
+    """
+
+    shape: Shape
+    mode: Mode = "device_warm"
+    faster: float | None = None
+    us: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is wanted of contender `ours` over a grid.
+
+    peers: for each mode that it speaks of, those whose fastest it is held against.
+    mean: the least geometric mean of the ratios over all cells; None: nothing is wanted of it.
+    both_orders: a cell is reached where it is in both orders of timing.
+    """
+
+    grid: str
+    ours: str
+    peers: dict[Mode, tuple[str, ...]]
+    told: Told
+    cells: tuple[Cell, ...]
+    mean: float | None = None
+    both_orders: bool = False
+
+    @property
+    def times_calls(self) -> bool:
+        """Whether it speaks of the time that a call from Python takes."""
+        return any(mode.startswith("eager") for mode in self.peers)
+
+    def of(self, shape: Shape) -> tuple[Cell, ...]:
+        """The cells of a shape; for one that the bar says nothing of, a cell in which nothing is wanted."""
+        return tuple(cell for cell in self.cells if cell.shape == shape) or (Cell(shape),)
+
 
 LENGTHS = (512, 1024, 4096, 16384)
 # head dim -> for each of the lengths: not causal, causal
-RATIOS: dict[int, tuple[tuple[float, float], ...]] = {
+_FA_RATIOS: dict[int, tuple[tuple[float, float], ...]] = {
     64: ((1.02, 1.02), (1.02, 1.02), (1.11, 1.10), (1.18, 1.18)),
     128: ((1.02, 1.02), (1.03, 1.18), (1.08, 1.22), (1.12, 1.17)),
     256: ((1.00, 1.00), (1.00, 1.00), (1.02, 1.02), (1.02, 1.04)),
 }
-# the geometric mean over all these cells
-MEAN = 1.10
+# The forward kernel for Hopper, on long sequences.
+FA = Bar(
+    grid="fa",
+    ours="flashcore-hopper",
+    peers={"device_warm": ("sdpa-cudnn",)},
+    told="rates",
+    cells=tuple(
+        Cell(shape, faster=_FA_RATIOS[shape.head_dim][LENGTHS.index(shape.seqlen_q)][shape.causal])
+        for shape in GRIDS["fa"]
+        if shape.seqlen_q in LENGTHS
+    ),
+    mean=1.10,
+    both_orders=True,
+)
+
+_FUSED = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+# With warm caches, for each shape of the grid in its order: our time over the fastest peer's, at most.
+_SMALL_SHARES = (0.44, 0.45, 0.50, 0.60, 0.60, 0.70, 0.85)
+_COLD_SHARE = 1.0
+# Of the call from Python, at the mission shape.
+_CALL_SHARE, _CALL_US = 0.60, 10.0
 
 
-def bar_of(shape: Shape) -> float | None:
-    """The least ratio wanted for a shape; None where the bar says nothing of it."""
-    if shape not in GRIDS[GRID] or shape.seqlen_q not in LENGTHS:
-        return None
-    return RATIOS[shape.head_dim][LENGTHS.index(shape.seqlen_q)][shape.causal]
+def _small_cells(shape: Shape, share: float) -> tuple[Cell, ...]:
+    device = (Cell(shape, faster=1 / share), Cell(shape, "device_cold", faster=1 / _COLD_SHARE))
+    if shape != NAMED_SHAPES["mission"]:
+        return device
+    return (*device, Cell(shape, "eager_stream", faster=1 / _CALL_SHARE), Cell(shape, "eager_stream", us=_CALL_US))
 
 
-def cells() -> tuple[Shape, ...]:
-    """The shapes that the bar speaks of."""
-    return tuple(shape for shape in GRIDS[GRID] if bar_of(shape) is not None)
+# What a user of small shapes gets: auto's choice, from Python too.
+SMALL = Bar(
+    grid="small",
+    ours="flashcore",
+    # a call is held against every way there is to call SDPA, which is more than the fused backends forced
+    peers={"device_warm": _FUSED, "device_cold": _FUSED, "eager_stream": (*_FUSED, "sdpa-math", "sdpa-auto")},
+    told="times",
+    cells=tuple(
+        cell for shape, share in zip(GRIDS["small"], _SMALL_SHARES, strict=True) for cell in _small_cells(shape, share)
+    ),
+)
+
+# by the grid they are measured over
+BARS = {bar.grid: bar for bar in (FA, SMALL)}

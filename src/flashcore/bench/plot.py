@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 3
 OURS = "#1b7f4d"
 # Ours share a colour; the ones by name differ from auto by these.
-DASHES = {"flashcore-portable": "--", "flashcore-hopper": ":"}
-HATCHES = {"flashcore-portable": "//", "flashcore-hopper": ".."}
+DASHES = {"flashcore-portable": "--", "flashcore-hopper": ":", "flashcore-small": "-."}
+HATCHES = {"flashcore-portable": "//", "flashcore-hopper": "..", "flashcore-small": "xx"}
 FLOOR = "#b0b0b0"
 PEERS = ("#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd", "#ccb974", "#55606e")
 

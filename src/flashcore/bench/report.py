@@ -8,13 +8,14 @@ from rich.table import Table
 
 from flashcore.bench.artifact import Artifact
 from flashcore.bench.bar_view import bar_view
+from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.view import View, views
 
 
 def print_report(artifact: Artifact, console: Console) -> None:
-    """Print every table of the artifact with its notes; after the bar's grid also the bar."""
-    bar = bar_view(artifact)
-    for view in [*views(artifact), *([bar] if bar else [])]:
+    """Print every table of the artifact with its notes; after some grids also what they were measured for."""
+    purposes = (bar_view(artifact), crossover_view(artifact))
+    for view in [*views(artifact), *(view for view in purposes if view is not None)]:
         console.print(_table(view))
         for note in view.notes:
             console.print(note, style="dim", markup=False, highlight=False)

@@ -131,6 +131,25 @@ def _features_grid() -> tuple[Shape, ...]:
     return masked + dims + single
 
 
+# Where our kernels change places, head dim by head dim: (batch * heads, length) of too few tiles to fill a GPU, of about
+# enough and of more. A call is planned by the nearest measured shape (evidence/__init__.py), and none of these sizes is far
+# from one of them, of the grids small and fa included.
+_CROSSOVER = {
+    64: ((128, 64), (8, 128), (128, 128), (32, 256), (32, 512), (128, 512), (4, 1024), (32, 1024), (8, 2048)),
+    128: ((128, 128), (8, 1024), (32, 1024)),
+    32: ((8, 512), (128, 256)),
+}
+
+
+def _crossover_grid() -> tuple[Shape, ...]:
+    return tuple(
+        _plain(max(1, heads // 8), min(8, heads), seqlen, head_dim, causal=causal)
+        for head_dim, places in _CROSSOVER.items()
+        for causal in (False, True)
+        for heads, seqlen in places
+    )
+
+
 NAMED_SHAPES: dict[str, Shape] = {
     "tiny": _plain(1, 1, 32, 64),
     "small": _plain(1, 2, 64, 64),
@@ -155,6 +174,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         Shape(batch, 32, 8, 1, seqlen_k, 128, 128, dtype="bf16")
         for batch, seqlen_k in ((1, 8192), (1, 65536), (16, 8192), (64, 4096))
     ),
+    "crossover": _crossover_grid(),
 }
 
 

@@ -28,13 +28,19 @@ class View:
 
 
 def views(artifact: Artifact) -> list[View]:
-    """One table a shape for a run of one or two shapes; for more, one of all, and one of all cold where measured."""
+    """One table a shape for a run of one or two shapes; for more, one of all, and where measured one cold and one of calls."""
     if len(artifact.shapes) <= 2:
         return [shape_view(artifact, record) for record in artifact.shapes]
-    modes: list[Mode] = [artifact.leading_mode]
-    if any(c.find("device_cold") for record in artifact.shapes for c in record.contenders):
-        modes.append("device_cold")
-    return [grid_view(artifact, mode) for mode in modes]
+    tables = [grid_view(artifact, artifact.leading_mode)]
+    if _was_timed(artifact, "device_cold"):
+        tables.append(grid_view(artifact, "device_cold"))
+    if _was_timed(artifact, "eager_stream"):
+        tables.append(call_view(artifact))
+    return tables
+
+
+def _was_timed(artifact: Artifact, mode: Mode) -> bool:
+    return any(contender.find(mode) for record in artifact.shapes for contender in record.contenders)
 
 
 def shape_view(artifact: Artifact, record: ShapeRecord) -> View:
@@ -79,6 +85,21 @@ def grid_view(artifact: Artifact, mode: Mode) -> View:
     return View(f"{mode} on {measured_where(artifact)}", columns, tuple(rows), notes)
 
 
+def call_view(artifact: Artifact) -> View:
+    """What a call from Python takes, the host included: one row a shape, one column a contender, the floor among them."""
+    names = _timed_names(artifact.shapes, "eager_stream")
+    rows = []
+    for record in artifact.shapes:
+        by_name = {contender.name: contender for contender in record.contenders}
+        rows.append((record.shape.label, *(_call_cell(by_name.get(name)) for name in names)))
+    notes = (
+        "each cell: eager_stream p50 in us (eager_latency p50): wall clock a call of many in a row, and of one call with the "
+        "synchronisation after it",
+        *_caveats(artifact),
+    )
+    return View(f"eager_stream on {measured_where(artifact)}", ("shape", *names), tuple(rows), notes)
+
+
 def unit_of(records: Sequence[ShapeRecord]) -> Unit:
     """The rate these shapes are told in together: TB/s where bytes set the bound of all of them, else TFLOP/s."""
     return "TB/s" if all(record.work.bound_limit == "memory" for record in records) else "TFLOP/s"
@@ -121,10 +142,22 @@ def _verdict(contender: ContenderRecord) -> str:
 def _grid_cell(record: ShapeRecord, contender: ContenderRecord | None, mode: Mode, unit: Unit) -> str:
     series = contender.find(mode) if contender else None
     if contender is None or series is None:
-        return contender.status if contender and contender.status in ("wrong", "failed") else EMPTY
+        return not_timed(contender)
     if contender.kind == "floor":
         return figure(series.stats.p50)
     return f"{figure(series.stats.p50)} ({figure(rate(record, series.stats.p50, unit))})"
+
+
+def _call_cell(contender: ContenderRecord | None) -> str:
+    stream, latency = (contender.find(mode) if contender else None for mode in ("eager_stream", "eager_latency"))
+    if stream is None:
+        return not_timed(contender)
+    return f"{figure(stream.stats.p50)} ({_median(latency)})"
+
+
+def not_timed(contender: ContenderRecord | None) -> str:
+    """The cell of a contender without a time: its status where it ought to have one."""
+    return contender.status if contender and contender.status in ("wrong", "failed") else EMPTY
 
 
 def _ratio_to(record: ShapeRecord, contender: ContenderRecord | None, mode: Mode) -> str:

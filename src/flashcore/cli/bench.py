@@ -36,7 +36,11 @@ def bench(
         typer.Option(help="B,H,S,D; or B,Hq/Hk,Sq/Sk,D; or tiny, small, medium, mission, multi_batch. Repeatable."),
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="small, fa (16k tokens, hidden 2048), decode or features (masks, head dims, fp32).")
+        str | None,
+        typer.Option(
+            help="small, fa (16k tokens, hidden 2048), decode, features (masks, head dims, fp32) or crossover (where our "
+            "kernels change places)."
+        ),
     ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Every shape causal, aligned bottom-right.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: the shape's own (fp16).")] = None,
@@ -63,22 +67,23 @@ def bench(
     import torch
     from rich.console import Console
 
-    from flashcore.bench import bar
+    from flashcore.bench.bar import BARS
     from flashcore.bench.contenders import select
     from flashcore.bench.report import print_report
     from flashcore.bench.runner import Request
 
     chosen, left_out = select(impl or [], grid)
+    bar = BARS.get(grid or "")
     request = Request(
         shapes=shapes,
         contenders=chosen,
         left_out=left_out,
         iters=iters,
         seed=seed,
-        eager=grid != bar.GRID if eager is None else eager,
+        eager=(bar is None or bar.times_calls) if eager is None else eager,
         cold=cold,
         grid=grid,
-        retime=grid == bar.GRID,
+        retime=bar is not None and bar.both_orders,
     )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     progress_console, console = Console(stderr=True), Console()

@@ -35,7 +35,7 @@ def verify(
     impl: Annotated[
         str, typer.Option(help="What to verify: ours (each kernel, on the cases that it takes), one kernel, torch or auto.")
     ] = "ours",
-    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, tile, shipped or all.")] = "all",
+    suite: Annotated[str, typer.Option(help="Which cases: mission (the 15), edge, tile, short, shipped or all.")] = "all",
     only: Annotated[str | None, typer.Option(help="Only the cases whose names match this glob, e.g. 'mask-*'.")] = None,
     mutations: Annotated[bool, typer.Option("--mutations", help="Test the suite itself: wrong kernels must fail.")] = False,
     record: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,

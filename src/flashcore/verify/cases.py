@@ -1,7 +1,8 @@
 """What is verified: a case is one call of attention, described by values alone, so the same on every machine.
 
 `mission_cases` are the 15 of the mission; the edge cases are in edge_cases.py, those for large tiles and persistent blocks
-in tile_cases.py, those that reach every shipped binary in shipped_cases.py. `inputs.py` turns a case into tensors.
+in tile_cases.py, those for short sequences in short_cases.py, those that reach every shipped binary in shipped_cases.py.
+`inputs.py` turns a case into tensors.
 """
 
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ MISSION_SHAPES = {
     "multi_batch": (4, 8, 256, 64),
 }
 MISSION_SEEDS = (0, 42, 12345)
-SUITES = ("mission", "edge", "tile", "shipped", "all")
+SUITES = ("mission", "edge", "tile", "short", "shipped", "all")
 
 
 def mission_cases() -> list[Case]:
@@ -153,11 +154,18 @@ def select(suite: str = "all", only: str | None = None) -> list[Case]:
     """
     from flashcore.verify.edge_cases import edge_cases
     from flashcore.verify.shipped_cases import shipped_cases
+    from flashcore.verify.short_cases import short_cases
     from flashcore.verify.tile_cases import tile_cases
 
     if suite not in SUITES:
         raise ArgumentValueError(f"suite: got {suite!r}; allowed: {', '.join(SUITES)}")
-    groups = {"mission": mission_cases, "edge": edge_cases, "tile": tile_cases, "shipped": shipped_cases}
+    groups = {
+        "mission": mission_cases,
+        "edge": edge_cases,
+        "tile": tile_cases,
+        "short": short_cases,
+        "shipped": shipped_cases,
+    }
     cases = [case for name, group in groups.items() if suite in (name, "all") for case in group()]
     if only is None:
         return cases
