@@ -15,8 +15,9 @@ from flashcore.spec import AttentionSpec
 
 KERNEL = "small_forward"
 IMPL = "small"
-# Beyond so many tiles the GPU is full several times over, and what the launch costs no longer counts.
-MAX_TILES = 4096
+# With so many blocks an H200 is full several times over, and the Hopper kernel, which shares keys between more rows, is far
+# ahead (docs/notes/small-forward.md). Below, measurements decide.
+MAX_BLOCKS = 1024
 _FACTOR = 2**30
 
 
@@ -51,8 +52,9 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
     head_dim, keys = padded_head_dim(widest), spec.attended_keys[1]
     if keys > capacity(head_dim):
         return f"takes at most {capacity(head_dim)} keys at head dim {head_dim}; got {keys} that some row attends"
-    if _tiles(spec) > MAX_TILES:
-        return f"takes at most {MAX_TILES} tiles of {ROWS} rows; got {_tiles(spec)}"
+    blocks = choose_config(head_dim, keys).cluster * _tiles(spec)
+    if blocks > MAX_BLOCKS:
+        return f"takes at most {MAX_BLOCKS} blocks; got {blocks} for tiles of {ROWS} rows"
     return None
 
 
@@ -129,7 +131,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
 
 
 def _factor(divisor: int) -> int:
-    """What the kernel divides by a divisor with: n * factor / 2^30, exact for n * divisor < 2^30 (MAX_TILES is far below)."""
+    """What the kernel divides by a divisor with: n * factor / 2^30, exact for n * divisor < 2^30 (MAX_BLOCKS is far below)."""
     return -(-_FACTOR // divisor)
 
 
