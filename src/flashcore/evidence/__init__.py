@@ -174,6 +174,8 @@ def _same_binary(binding: Binding, spec: AttentionSpec, head_dim: int, target: T
     """Whether a kernel runs the call's head dims and a measured one with the same code."""
     assert target.arch is not None  # the kernel was found to run there
     other = replace(spec, head_dim=head_dim, head_dim_v=head_dim)
+    if binding.reject(other, target.arch, False) is not None:
+        return False
     mine, measured = (binding.specialise_call(call, target.arch, target.sm_count) for call in (spec, other))
     return mine == measured
 

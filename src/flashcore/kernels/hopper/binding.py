@@ -23,7 +23,7 @@ L2_BUDGET = 32 * 2**20
 GROUP_HEADS = (16, 64)
 MAX_TILES = 2**30
 # Rounds of tiles that blocks take in a fixed order. With more, drawing them from a counter evens out how fast multiprocessors
-# are and how long tiles; with fewer it costs more than that, since zeroing the counter takes 2 us (docs/notes/small-forward.md).
+# are and how long tiles; with fewer it costs more, since zeroing the counter takes 2 us (docs/notes/small-forward.md).
 FIXED_ROUNDS = 8
 FIXED_CAUSAL_ROUNDS = 2
 
