@@ -17,8 +17,9 @@ from flashcore.plan import IMPLS
 from flashcore.sources import kernel_hash
 
 CODE = MachineCode(
-    registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={}, async_copies=0
-)
+    registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={}, async_copies=0,
+    cluster_barriers=0, before_wait=0,
+)  # fmt: skip
 
 
 def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -131,6 +132,19 @@ def test_inspect_gate_fails_for_a_limit_and_for_what_does_not_build(run: Run, bu
     built["sm_80"] = replace(built["sm_80"], failures={"another": "ptxas: out of [registers]"})
     code, output, _ = run("inspect", "--arch", "sm_80", "--gate")
     assert code == 1 and "failed to build: another: ptxas: out of [registers]" in output
+
+
+def test_inspect_shows_what_a_launch_takes(run: Run, built, binaries, monkeypatch) -> None:
+    monkeypatch.setattr(machine_code, "read_machine_code", lambda binary: CODE)
+    for changes, shown in (
+        ({}, ""),
+        ({"cluster": 4}, "cluster 4"),
+        ({"cluster": 2, "programmatic": True}, "cluster 2, programmatic"),
+    ):
+        info = binaries.empty_sm_90a.info.model_copy(update=changes)
+        built["sm_90a"] = BuiltSet("sm_90a", (replace(binaries.empty_sm_90a, info=info),), {})
+        _, output, _ = run("inspect", "--arch", "sm_90a")
+        assert shown in output and ("cluster" in output, "programmatic" in output) == ("cluster" in shown, "prog" in shown)
 
 
 def test_inspect_passes_over_an_arch_that_has_none_of_what_is_asked_for(run: Run, built) -> None:

@@ -16,8 +16,9 @@ from flashcore.kernels.registry import EMPTY, shipped_set
 from flashcore.kernels.specialisation import Specialisation
 
 GOOD = MachineCode(
-    registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={"HMMA": 64}, async_copies=8
-)
+    registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={"HMMA": 64}, async_copies=8,
+    cluster_barriers=0, before_wait=0,
+)  # fmt: skip
 
 
 def _named(arch: str, part: str) -> Specialisation:
@@ -167,6 +168,80 @@ def test_loops_of_a_real_binary_are_found(binaries) -> None:
     assert 32 <= inside["HMMA"] <= all_of_it and inside["MUFU"] > 0 and inside["EXIT"] == 0
 
 
+@pytest.mark.parametrize(
+    ("lines", "early"),
+    [
+        (("ACQBULK", "LDG.E R0, [R2]", "STG.E [R2], R0", "EXIT"), 0),
+        (("LDG.E R0, [R2]", "ACQBULK", "STG.E [R2], R0", "EXIT"), 1),
+        # neither the parameters nor shared memory
+        (("LDC R1, c[0x0][0x28]", "LDS R0, [R2]", "STS [R2], R0", "UTMACCTL.PF [UR4]", "ACQBULK", "EXIT"), 0),
+        # what has no wait, and what may not carry it out
+        (("UTMALDG.4D [UR8], [UR4]", "ST.E [R2], R0", "ATOMG.E.ADD PT, RZ, [R2], R5", "EXIT"), 4),
+        (("@P0 ACQBULK", "LDG.E R0, [R2]", "EXIT"), 2),
+        # a way around it
+        (("@P0 BRA `(.L_x_0)", "ACQBULK", "L_x_0: LDG.E R0, [R2]", "EXIT"), 2),
+        # one way waits first, whichever that is, and the other does not
+        (("@P0 BRA `(.L_x_0)", "LDG.E R0, [R2]", "ACQBULK", "EXIT", "L_x_0: ACQBULK", "EXIT"), 1),
+        (("@P0 BRA `(.L_x_0)", "ACQBULK", "EXIT", "L_x_0: LDG.E R0, [R2]", "ACQBULK", "EXIT"), 1),
+        # ... that does not come back, and one that waits for itself
+        (("@P0 EXIT", "ACQBULK", "LDG.E R0, [R2]", "EXIT"), 1),
+        (("@P0 BRA `(.L_x_0)", "ACQBULK", "LDG.E R0, [R2]", "EXIT", "L_x_0: ACQBULK", "STG.E [R2], R0", "EXIT"), 0),
+        # code that is behind what is met first, and before it on the way
+        (("BRA `(.L_x_1)", "L_x_0: ACQBULK", "EXIT", "L_x_1: UBLKCP.S.G [UR8], [UR4], UR6", "BRA `(.L_x_0)"), 1),
+        # a loop before the wait, counted once
+        (("L_x_0: LDG.E R0, [R2]", "@P0 BRA `(.L_x_0)", "ACQBULK", "EXIT"), 1),
+        # a subroutine
+        (("CALL.REL.NOINC `(.L_x_0)", "ACQBULK", "EXIT", "L_x_0: RED.E.ADD [R2], R0", "RET.REL.NODEC R2 `(kernel)"), 1),
+    ],
+)
+def test_accesses_and_exits_that_do_not_wait_for_earlier_launches_are_counted(
+    lines: tuple[str, ...], early: int, binaries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = "REG:40 STACK:16 SHARED:32 LOCAL:0"
+    monkeypatch.setattr(machine_code, "_run", lambda tool, *a: usage if tool == "cuobjdump" else _sass(*lines))
+    programmatic = replace(binaries.half, info=binaries.half.info.model_copy(update={"programmatic": True}))
+    assert read_machine_code(programmatic).before_wait == early
+    # launched in the stream's order, a binary need not wait
+    assert read_machine_code(binaries.half).before_wait == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "early"),
+    [
+        # the last warps of the last group have nothing to do
+        (("@P0 EXIT", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "ACQBULK", "LDG.E R0, [R2]", "EXIT"), 0),
+        (("@P0 BRA `(.L_x_0)", "ACQBULK", "EXIT", "L_x_0: USETMAXREG.DEALLOC.CTAPOOL 0x18", "EXIT"), 0),
+        # ... and even they touch no memory
+        (("@P0 BRA `(.L_x_0)", "ACQBULK", "EXIT", "L_x_0: USETMAXREG.DEALLOC.CTAPOOL 0x18", "STG.E [R2], R0", "EXIT"), 1),
+        (("USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", "UTMALDG.4D [UR8], [UR4]", "ACQBULK", "EXIT"), 1),
+        # where all warps have the same task, none ends before it waits
+        (("@P0 EXIT", "ACQBULK", "LDG.E R0, [R2]", "EXIT"), 1),
+        (("EXIT",), 1),
+    ],
+)
+def test_only_warps_with_tasks_of_their_own_may_end_before_they_wait(
+    lines: tuple[str, ...], early: int, binaries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = "REG:40 STACK:16 SHARED:32 LOCAL:0"
+    monkeypatch.setattr(machine_code, "_run", lambda tool, *a: usage if tool == "cuobjdump" else _sass(*lines))
+    programmatic = replace(binaries.half, info=binaries.half.info.model_copy(update={"programmatic": True}))
+    assert read_machine_code(programmatic).before_wait == early
+
+
+def test_a_programmatic_binary_may_access_nothing_and_not_end_before_it_waits() -> None:
+    (found,) = violations(HALF, "sm_80", replace(GOOD, before_wait=2))
+    assert found == "accesses to memory and exits before griddepcontrol.wait: 2, allowed 0"
+
+
+def test_a_cluster_has_barriers_and_nothing_else_has() -> None:
+    pair, barriers = replace(HALF, cluster=2), replace(GOOD, cluster_barriers=2)
+    assert violations(pair, "sm_80", barriers) == []
+    (none,) = violations(pair, "sm_80", GOOD)
+    assert none == "cluster barriers: none, and a cluster of 2 blocks cannot do without"
+    (unexpected,) = violations(HALF, "sm_80", barriers)
+    assert unexpected == "cluster barriers: 2, meant none"
+
+
 def test_every_excuse_names_a_binary_that_there_is() -> None:
     for arch, name in gates.SPILL_EXCEPTIONS:
         assert name in {s.name for s in shipped_set(arch)}
@@ -219,6 +294,9 @@ def test_instructions_are_counted_whatever_their_predicate(binaries, monkeypatch
         "        /*0040*/                   STL [R1], R2 ;",
         "        /*0050*/                   LDGSTS.E.BYPASS.128 [R9], [R2.64] ;",
         "        /*0060*/                   UTMALDG.4D [UR8], [UR4] ;",
+        "        /*0070*/                   UCGABAR_ARV ;",
+        "        /*0080*/               @P0 UCGABAR_WAIT ;",
+        "        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;",
         "        // HMMA in a comment",
     ]
     usage = " Function x:\n  REG:40 STACK:16 SHARED:32 LOCAL:0 CONSTANT[0]:400"
@@ -226,7 +304,7 @@ def test_instructions_are_counted_whatever_their_predicate(binaries, monkeypatch
     code = read_machine_code(binaries.half)
     assert (code.registers, code.stack, code.shared) == (40, 16, 32 + binaries.half.info.shared)
     assert (code.spill_loads, code.spill_stores, code.spills) == (1, 1, 2)
-    assert code.matrix == {"HMMA": 1, "HGMMA": 1} and code.async_copies == 2
+    assert code.matrix == {"HMMA": 1, "HGMMA": 1} and code.async_copies == code.cluster_barriers == 2
 
 
 def test_the_disassemblers_come_with_this_triton() -> None:

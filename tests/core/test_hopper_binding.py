@@ -217,6 +217,34 @@ def test_the_grid_is_one_block_a_multiprocessor_or_fewer(make_spec: MakeSpec) ->
 
 
 @pytest.mark.parametrize(
+    ("options", "length", "sm_count", "counter"),
+    [
+        ({"causal": True}, 256, 132, False),  # a tile for each block
+        ({"causal": True}, 256, 8, False),  # 16 tiles for 8 blocks
+        ({"causal": True}, 257, 8, True),  # 24
+        ({"causal": True}, 257, 11, True),
+        ({"causal": True}, 257, 12, False),
+        ({"window": (-1, 5)}, 257, 8, True),
+        ({"window": (5, -1)}, 257, 8, True),
+        ({"window": (5, 5)}, 256, 8, False),
+        ({}, 1024, 8, False),  # all tiles are as long: 64 for 8 blocks
+        ({}, 1025, 8, True),  # 72
+        ({"softcap": 9.0}, 1024, 8, False),
+        ({"softcap": 9.0}, 1025, 8, True),
+        ({"causal": True}, 0, 8, False),
+    ],
+    ids=str,
+)
+def test_tiles_of_many_rounds_are_drawn_from_a_counter_those_of_unequal_lengths_earlier(
+    options: dict, length: int, sm_count: int, counter: bool, make_spec: MakeSpec
+) -> None:
+    spec = make_spec(2, 4, 2, length, max(1, length), **options)
+    specialisation = _specialise(spec)
+    grid = binding.grid(spec, specialisation, sm_count)
+    assert binding.needs_counter(spec, specialisation, grid) == counter
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"dtype": torch.float32}, "takes float16 and bfloat16; got float32"),

@@ -18,6 +18,7 @@ from flashcore.kernels.portable.binding import Features
 from flashcore.kernels.portable.config import PortableConfig
 from flashcore.kernels.registry import BINDINGS, EMPTY, KERNELS, SHIPPED_ARCHS, Kernel, shipped_set
 from flashcore.kernels.specialisation import Specialisation
+from flashcore.runtime.binary import MAX_CLUSTER
 from flashcore.sources import PACKAGE, kernel_hash, kernel_hashes
 from flashcore.spec import AttentionSpec
 from flashcore.target import ARCH_OF_CAPABILITY, SHARED_MEMORY_LIMIT
@@ -283,12 +284,16 @@ def test_a_kernel_for_one_triton_is_for_the_one_that_builds_wheels(kernel: Kerne
     assert kernel.triton is None or any(wanted.startswith(f"triton=={kernel.triton}") for wanted in requires("flashcore"))
 
 
+def test_what_is_made_for_fewer_calls_is_preferred() -> None:
+    assert list(BINDINGS) == ["small", "hopper", "portable"]
+
+
 @pytest.mark.parametrize(("impl", "binding"), BINDINGS.items(), ids=BINDINGS)
 def test_a_binding_and_its_kernel_name_each_other(impl: str, binding: Binding) -> None:
     assert impl == binding.IMPL and KERNELS[binding.KERNEL].binding is binding
     for arch in KERNELS[binding.KERNEL].archs:
         for specialisation in binding.shipped(arch):
-            assert specialisation.kernel == binding.KERNEL
+            assert specialisation.kernel == binding.KERNEL and 1 <= specialisation.cluster <= MAX_CLUSTER
             assert binding.matrix_instruction(specialisation, arch) in (None, "HMMA", "HGMMA", "UTCHMMA")
 
 

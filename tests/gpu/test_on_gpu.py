@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import reference
+from flashcore import ops, reference
 from flashcore.kernels.registry import BINDINGS, KERNELS
 from flashcore.target import Target
 
@@ -116,13 +116,23 @@ def test_compiled_by_inductor_without_graph_breaks_for_any_length(attend: Attend
     for seqlen in (64, 129, 200):
         q, k, v = _inputs(seqlen=seqlen)
         torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
+    # the kernels that inductor makes and ours, one after the other without a gap and one by one
+    queued, one_by_one = [q], [q]
+    torch.cuda._sleep(20_000_000)
+    for _ in range(20):
+        queued.append(compiled(queued[-1], k, v))
+    for _ in range(20):
+        one_by_one.append(compiled(one_by_one[-1], k, v))
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, queued, one_by_one))
 
 
 def test_opcheck_on_the_gpu() -> None:
     q, k, v = _inputs()
     for impl in (*_ours(), "auto", "torch"):
-        arguments = (q, k, v, None, True, None, -1, -1, 0.0, True, "bshd", False, impl)
-        torch.library.opcheck(torch.ops.flashcore.attention.default, arguments)
+        arguments = (q, k, v, None, "bshd", True, None, False, -1, -1, 0.0, impl)
+        for operator in (ops.attention, ops.attention_with_lse):
+            torch.library.opcheck(operator, arguments)
 
 
 def test_a_gradient_goes_to_torch_and_a_named_impl_refuses(attend: Attend) -> None:

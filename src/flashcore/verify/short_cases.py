@@ -127,6 +127,12 @@ def _forms() -> list[Case]:
         Case(name="some", heads_q=8, heads_k=4, seqlen_q=257, seqlen_k=513),
         Case(name="many", batch=3, heads_q=48, heads_k=16, seqlen_q=129, seqlen_k=193, needs_bytes=GIB),
     )
+    # at head dims 64 and 128 the lengths and edges reach these
+    shorter = (
+        Case(name="least", heads_q=2, heads_k=1, seqlen_q=70, seqlen_k=61),
+        Case(name="less", heads_q=2, heads_k=2, seqlen_q=100, seqlen_k=115),
+        Case(name="half", heads_q=4, heads_k=2, seqlen_q=300, seqlen_k=401),
+    )
     return [
         replace(
             size,
@@ -136,8 +142,8 @@ def _forms() -> list[Case]:
             causal=causal,
             seed=head_dim,
         )
-        for size in sizes
-        for head_dim in (32, 64, 128)
+        for head_dim, taken in ((32, (*shorter, *sizes)), (64, sizes), (128, sizes))
+        for size in taken
         for dtype_name, dtype in HALF.items()
         for causal in (False, True)
     ]

@@ -9,7 +9,16 @@ import torch
 
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
-from flashcore.kernels.small.config import FORMS, HEAD_DIMS, ROWS, SmallConfig, capacity, choose_config, padded_head_dim
+from flashcore.kernels.small.config import (
+    FORMS,
+    HEAD_DIMS,
+    ROWS,
+    UNVERIFIED,
+    SmallConfig,
+    capacity,
+    choose_config,
+    padded_head_dim,
+)
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
 
@@ -146,7 +155,7 @@ def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:
 
 
 def shipped(arch: str) -> tuple[Specialisation, ...]:
-    """The specialisations that a wheel holds for an arch: all there are."""
+    """The specialisations that a wheel holds for an arch: all that have been verified."""
     if arch != ARCH:
         return ()
     return tuple(
@@ -155,4 +164,5 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
         for head_dim in HEAD_DIMS
         for causal in (False, True)
         for config in FORMS[head_dim]
+        if config not in UNVERIFIED.get(head_dim, ())
     )
