@@ -90,17 +90,22 @@ def _choose(spec: AttentionSpec, target: Target) -> Plan:
             rejected[impl] = refusal
         elif isinstance(found, Plan):
             candidates.append(found)
-    best, *others = (*candidates, Plan(torch_backend.IMPL, ""))
+    best, *standing = (*candidates, Plan(torch_backend.IMPL, ""))
+    unanswered: list[Plan] = []
     reason = "the first choice of those that apply; nothing near this call was measured"
-    for other in others:
+    while standing:
+        other = standing.pop(0)
         comparison = evidence.compare(spec, target, best.impl, other.impl)
         if comparison is None:
             rejected[other.impl] = f"comes after {best.impl}, and no measurement says that it is faster here"
+            unanswered.append(other)
             continue
         reason = "the fastest of those measured near this call"
         rejected[comparison.loser] = comparison.why
         if comparison.winner == other.impl:
-            best = other
+            rejected.pop(other.impl, None)
+            # those that nothing compared with the one before may be compared with this one
+            best, standing, unanswered = other, unanswered + standing, []
     listed = tuple((impl, rejected[impl]) for impl in IMPLS if impl in rejected)
     if best.impl == torch_backend.IMPL:
         reason = "PyTorch's own attention, because " + "; and ".join(f"{impl} {why}" for impl, why in listed)

@@ -71,16 +71,28 @@ def test_auto_takes_the_fastest_by_evidence(us: tuple, head_dim: int, make_spec,
 
 
 def test_where_the_kernels_change_places_the_nearest_shape_decides(make_spec, h200, monkeypatch) -> None:
-    few, many = _timing((3, 8, 7, 9), length=512), _timing((30, 25, 40, 35), length=512, heads=32)
+    few, many = _timing((3, 8, 7, 9), length=256), _timing((30, 25, 40, 35), length=256, heads=32)
     _evidence(monkeypatch, few, many)
     verdicts = {"small": ("hopper", "8.0 us against 3.0 for small"), "hopper": ("small", "30.0 us against 25.0 for hopper")}
     for heads, chosen in ((1, "small"), (4, "small"), (11, "small"), (12, "hopper"), (32, "hopper")):
-        plan = make_plan(make_spec(2, heads, heads, 512, 512), h200, "auto")
+        plan = make_plan(make_spec(2, heads, heads, 256, 256), h200, "auto")
         assert (plan.impl, plan.reason) == (chosen, "the fastest of those measured near this call"), heads
         loser, times = verdicts[chosen]
         assert f"is slower here by measurement: {times} at" in dict(plan.rejected)[loser]
     # too far from both, the order of preference decides
     assert make_plan(make_spec(2, 4, 4, 64, 16), h200, "auto").reason.startswith("the first choice")
+
+
+def test_who_nothing_compares_with_the_first_is_compared_with_what_beats_it(make_spec, h200, monkeypatch) -> None:
+    # the small kernel does not take the second shape, so that it and the hopper kernel were never timed beside one another
+    few, many = _timing((9, None, None, 5), length=256), _timing((None, 3, 7, 8), length=256)
+    _evidence(monkeypatch, few, many)
+    plan = make_plan(make_spec(2, 4, 4, 256, 256), h200, "auto")
+    assert (plan.impl, plan.reason) == ("hopper", "the fastest of those measured near this call")
+    rejected = dict(plan.rejected)
+    assert "9.0 us against 5.0 for PyTorch's SDPA" in rejected["small"]
+    assert "8.0 us against 3.0 for hopper" in rejected["torch"] and "7.0 us against 3.0 for hopper" in rejected["portable"]
+    assert list(rejected) == ["small", "portable", "torch"]
 
 
 def test_a_head_dim_that_cannot_hold_the_calls_keys_is_no_measure_of_it(make_spec, h200, monkeypatch) -> None:
@@ -106,8 +118,8 @@ def test_a_head_dim_that_cannot_hold_the_calls_keys_is_no_measure_of_it(make_spe
         ({"seqlen_q": 0}, "small"),
         ({"seqlen_k": 1025}, "hopper"),
         ({"seqlen_k": 513, "head_dim": 128}, "hopper"),
-        ({"seqlen_q": 64 * 128}, "small"),
-        ({"seqlen_q": 64 * 128 + 1}, "hopper"),
+        ({"seqlen_q": 64 * 165}, "small"),
+        ({"seqlen_q": 64 * 165 + 1}, "hopper"),
         ({"window": (30, 5)}, "hopper"),
         ({"softcap": 20.0}, "hopper"),
         ({"head_dim": 256}, "hopper"),

@@ -299,10 +299,17 @@ def test_no_counter_and_always_wgmma(make_spec: MakeSpec) -> None:
         ({"seqlen_k": 513, "head_dim": 64, "head_dim_v": 72}, "takes at most 512 keys at head dim 128"),
         # aligned with the last key, the last row reaches all of them
         ({"seqlen_k": 2000, "causal": True}, "takes at most 1024 keys at head dim 64; got 2000"),
-        # 8 heads of 128 tiles and one more
-        ({"seqlen_q": 64 * 128 + 1}, "takes at most 1024 blocks; got 1032 for tiles of 64 rows"),
-        ({"seqlen_q": 64 * 65, "seqlen_k": 129}, "takes at most 1024 blocks; got 1040 for tiles of 64 rows"),
-        ({"batch": 65, "seqlen_k": 513}, "takes at most 1024 blocks; got 2080 for tiles of 64 rows"),
+        # 8 heads of as many tiles as two rounds of 5, 3 and 2 blocks a multiprocessor take, and one more
+        (
+            {"seqlen_q": 64 * 165 + 1},
+            "takes at most 1320 blocks for so many keys at head dim 64; got 1328 for tiles of 64 rows",
+        ),
+        ({"seqlen_q": 64 * 50, "seqlen_k": 129}, "takes at most 792 blocks for so many keys at head dim 64; got 800 for"),
+        ({"batch": 65, "seqlen_k": 513}, "takes at most 528 blocks for so many keys at head dim 64; got 2080 for"),
+        (
+            {"seqlen_q": 64 * 17, "seqlen_k": 256, "head_dim": 96},
+            "takes at most 264 blocks for so many keys at head dim 128; got",
+        ),
     ],
     ids=str,
 )
@@ -320,9 +327,10 @@ def test_what_is_refused_and_why(options: dict, words: str, make_spec: MakeSpec)
         {"heads_q": 32, "heads_k": 1},
         {"head_dim": 8, "head_dim_v": 128},
         {"seqlen_k": 2000, "seqlen_q": 900, "causal": True, "top_left": True},
-        {"seqlen_q": 64 * 128},
-        {"seqlen_q": 64 * 64, "seqlen_k": 512},
-        {"seqlen_q": 64 * 32, "seqlen_k": 1024},
+        {"seqlen_q": 64 * 165},
+        {"seqlen_q": 64 * 49, "seqlen_k": 129},
+        {"seqlen_q": 64 * 33, "seqlen_k": 512},
+        {"seqlen_q": 64 * 16, "seqlen_k": 1024},
         {"window": (200, 200)},  # limits that exclude nothing
         {"return_lse": True, "layout": "bhsd"},
     ],

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from flashcore.kernels.arguments import Argument
 from flashcore.kernels.small import binding
-from flashcore.kernels.small.binding import MAX_BLOCKS
-from flashcore.kernels.small.config import ROWS, choose_config
+from flashcore.kernels.small.binding import max_blocks
+from flashcore.kernels.small.config import FORMS, ROWS, choose_config
 from flashcore.spec import AttentionSpec, Options
+
+MAX_BLOCKS = max(max_blocks(form, head_dim) for head_dim, forms in FORMS.items() for form in forms)
 
 
 def _divided(n: np.ndarray, factor: Argument) -> np.ndarray:
@@ -69,11 +71,16 @@ def _check_places(batch: int, heads_k: int, group: int, seqlen_q: int, keys: int
         assert np.array_equal(found, wanted), name
 
 
+def _most_tiles(keys: int) -> int:
+    form = choose_config(64, keys)
+    return max_blocks(form, 64) // form.cluster
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_every_tile_has_one_cluster_which_finds_its_batch_head_and_rows(data: st.DataObject) -> None:
     keys = data.draw(st.integers(1, 1024))
-    left, sizes = MAX_BLOCKS // choose_config(64, keys).cluster, []
+    left, sizes = _most_tiles(keys), []
     for _ in range(4):
         sizes.append(data.draw(st.integers(1, left)))
         left //= sizes[-1]
@@ -86,6 +93,6 @@ def test_every_tile_has_one_cluster_which_finds_its_batch_head_and_rows(data: st
 @pytest.mark.parametrize("largest", range(4), ids=["tiles", "batch", "heads_k", "group"])
 def test_the_largest_of_each_size_is_found_too(largest: int, keys: int) -> None:
     sizes = [1, 1, 1, 1]
-    sizes[largest] = MAX_BLOCKS // choose_config(64, keys).cluster
+    sizes[largest] = _most_tiles(keys)
     tiles, batch, heads_k, group = sizes
     _check_places(batch, heads_k, group, 64 * tiles, keys)

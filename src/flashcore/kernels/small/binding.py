@@ -24,9 +24,10 @@ from flashcore.spec import AttentionSpec
 
 KERNEL = "small_forward"
 IMPL = "small"
-# With so many blocks an H200 is full several times over, and the Hopper kernel, which shares keys between more rows, is far
-# ahead (docs/notes/small-forward.md). Below, measurements decide.
-MAX_BLOCKS = 1024
+# With more blocks than an H200 takes in two rounds, the Hopper kernel, which shares keys between more rows, is ahead
+# (docs/notes/small-forward.md). Below, measurements decide.
+MULTIPROCESSORS = 132
+MAX_ROUNDS = 2
 _FACTOR = 2**30
 
 
@@ -61,10 +62,16 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
     head_dim, keys = padded_head_dim(widest), spec.attended_keys[1]
     if keys > capacity(head_dim):
         return f"takes at most {capacity(head_dim)} keys at head dim {head_dim}; got {keys} that some row attends"
-    blocks = choose_config(head_dim, keys).cluster * _tiles(spec)
-    if blocks > MAX_BLOCKS:
-        return f"takes at most {MAX_BLOCKS} blocks; got {blocks} for tiles of {ROWS} rows"
+    config = choose_config(head_dim, keys)
+    blocks, most = config.cluster * _tiles(spec), max_blocks(config, head_dim)
+    if blocks > most:
+        return f"takes at most {most} blocks for so many keys at head dim {head_dim}; got {blocks} for tiles of {ROWS} rows"
     return None
+
+
+def max_blocks(config: SmallConfig, head_dim: int) -> int:
+    """The most blocks that a call may take in this form."""
+    return MAX_ROUNDS * MULTIPROCESSORS * config.resident(head_dim)
 
 
 def _tiles(spec: AttentionSpec) -> int:
@@ -140,7 +147,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
 
 
 def _factor(divisor: int) -> int:
-    """What the kernel divides by a divisor with: n * factor / 2^30, exact for n * divisor < 2^30 (MAX_BLOCKS is far below)."""
+    """What the kernel divides by a divisor with: n * factor / 2^30, exact for n * divisor < 2^30: far beyond a call's."""
     return -(-_FACTOR // divisor)
 
 

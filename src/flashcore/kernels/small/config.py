@@ -42,6 +42,10 @@ class SmallConfig:
         exchanged = 0 if self.cluster == 1 else 4 * ROWS * (2 * head_dim - head_dim // self.cluster)
         return tiles + exchanged + 8 * ROWS * (self.cluster - 1)
 
+    def resident(self, head_dim: int) -> int:
+        """Blocks that a multiprocessor's shared memory holds at once."""
+        return SHARED_MEMORY_LIMIT["sm_90a"] // (self.shared_memory(head_dim) + COMPILER_SHARED)
+
     def fits(self, head_dim: int) -> bool:
         """Whether a multiprocessor has the shared memory and a warpgroup the registers: all scores are in them at once."""
         return (
