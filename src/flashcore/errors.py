@@ -27,3 +27,7 @@ class CompileError(FlashCoreError, RuntimeError):
 
 class DriverError(FlashCoreError, RuntimeError):
     """The CUDA driver is absent or refused a call: names the call and the driver's error."""
+
+
+class ProfilerError(FlashCoreError, RuntimeError):
+    """The profiler, or the call that it was to profile, failed: says what that means and what to do."""

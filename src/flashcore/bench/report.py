@@ -11,23 +11,26 @@ from flashcore.bench.bar_view import bar_view
 from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.view import View, views
 
+# Columns of sentences, read from the left; figures are compared from the right.
+_SENTENCES = ("verdict", "meaning")
+
 
 def print_report(artifact: Artifact, console: Console) -> None:
     """Print every table of the artifact with its notes; after some grids also what they were measured for."""
     purposes = (bar_view(artifact), crossover_view(artifact))
     for view in [*views(artifact), *(view for view in purposes if view is not None)]:
-        console.print(_table(view))
-        for note in view.notes:
-            console.print(note, style="dim", markup=False, highlight=False)
+        print_view(view, console)
 
 
-def _table(view: View) -> Table:
+def print_view(view: View, console: Console) -> None:
+    """Print a table with its notes; rows of ours stand out."""
     table = Table(title=escape(view.title), title_justify="left", title_style="bold")
     for number, column in enumerate(view.columns):
-        # Names and the verdict's sentence are read from the left, figures compared from the right.
-        left = number == 0 or column == "verdict"
+        left = number == 0 or column in _SENTENCES
         table.add_column(escape(column), justify="left" if left else "right", overflow="fold", no_wrap=number == 0)
     for row in view.rows:
         style = "bold" if row[0].startswith("flashcore") else None
         table.add_row(*(escape(cell) for cell in row), style=style)
-    return table
+    console.print(table)
+    for note in view.notes:
+        console.print(note, style="dim", markup=False, highlight=False)

@@ -1,0 +1,38 @@
+"""A recorded benchmark run in the evidence that a call can be placed by, where there is no GPU to time it on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from flashcore.bench.artifact import Artifact
+from flashcore.bench.shapes import Shape
+from flashcore.errors import UnsupportedError
+from flashcore.evidence.build import artifacts, folders
+
+SHOWN = 12
+
+
+def find(contender: str, shapes: Collection[Shape]) -> Artifact:
+    """The latest recorded run that timed a contender on all of these shapes.
+
+    Raises:
+        UnsupportedError: there is none; names shapes that were recorded.
+    """
+    runs = [artifact for folder in folders() for artifact in artifacts(folder)]
+    fitting = [run for run in runs if set(shapes) <= set(_timed(run, contender))]
+    if not fitting:
+        known = list(dict.fromkeys(shape.label for run in runs for shape in _timed(run, contender)))
+        more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+        raise UnsupportedError(
+            f"no recorded run timed {contender} on {', '.join(shape.label for shape in shapes)}; "
+            f"recorded are {'; '.join(known[:SHOWN]) or 'no shapes'}{more}"
+        )
+    return max(fitting, key=lambda run: run.environment.time_utc)
+
+
+def _timed(run: Artifact, contender: str) -> list[Shape]:
+    return [
+        record.shape
+        for record in run.shapes
+        if any(timed.name == contender and timed.find(run.leading_mode) for timed in record.contenders)
+    ]
