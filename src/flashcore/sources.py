@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parent
 @cache
 def kernel_hash(kernel_id: str) -> str:
     """SHA-256 over the files that the kernel's binaries are made of."""
-    from flashcore.kernels.registry import KERNELS
+    from flashcore.kernels.registry import find_kernel
 
     digest = hashlib.sha256()
-    for source in KERNELS[kernel_id].sources:
+    for source in find_kernel(kernel_id).sources:
         digest.update(source.encode() + b"\0" + (PACKAGE / source).read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -66,7 +66,7 @@ def test_a_call_that_differs_in_one_thing_has_a_launch_of_its_own(name: str, lau
         for which, call in enumerate((base, other)):
             flashcore.attention(**call)
             of[which].add(launched.last)
-            addresses = dict(zip(TENSORS, launched[-1][1], strict=True))
+            addresses = dict(zip(TENSORS, launched[-1][1], strict=False))  # the last name, workspace, is of no call
             assert [addresses[tensor] for tensor in "qkv"] == [call[tensor].data_ptr() for tensor in "qkv"]
             assert addresses["mask"] == (call["attn_mask"].data_ptr() if "attn_mask" in call else 0)
     assert len(of[0]) == len(of[1]) == 1 and not of[0] & of[1]

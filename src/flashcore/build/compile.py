@@ -17,7 +17,7 @@ from typing import Any
 
 from flashcore.build.machine_code import read_parameter_places
 from flashcore.errors import CompileError
-from flashcore.kernels.registry import KERNELS
+from flashcore.kernels.registry import find_kernel
 from flashcore.kernels.specialisation import Parameter, Specialisation
 from flashcore.runtime.binary import ELEMENT_SIZES, MAX_CLUSTER, Binary, BinaryInfo, KernelParameter, TensorMapLayout
 from flashcore.sources import kernel_hash
@@ -62,7 +62,7 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel = KERNELS[specialisation.kernel]
+    kernel = find_kernel(specialisation.kernel)
     what = f"{specialisation.name} for {arch}"
     if arch not in kernel.archs:  # where a kernel is of another arch, the compiler may end the process and say nothing
         raise CompileError(f"{what}: {kernel.id} can be built for {', '.join(kernel.archs)}")

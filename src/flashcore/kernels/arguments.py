@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 # The tensors of a call. `counter` is one int32, zero when the kernel starts, for a kernel that asks for it
-# (Binding.needs_counter).
-TensorName = Literal["q", "k", "v", "mask", "o", "lse", "counter"]
+# (Binding.needs_counter). `workspace` is device memory between the launches of a call that takes several, which none of the
+# product's does: the engine gives no address for it.
+TensorName = Literal["q", "k", "v", "mask", "o", "lse", "counter", "workspace"]
 TENSORS: tuple[TensorName, ...] = get_args(TensorName)
 
 

@@ -26,7 +26,8 @@ class Kernel:
     """`module` holds the jitted `function`; `sources` are the files that a binary of it is made of.
 
     `binding` is None for the empty kernel, which computes nothing that evidence could vouch for. `triton` is the one release
-    whose compiler is known to take the source, where not every release does.
+    whose compiler is known to take the source, where not every release does. `on_demand`: no wheel holds it and no evidence
+    vouches for it; it is compiled for any arch where someone asks for it by its specialisation.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Kernel:
     sources: tuple[str, ...]
     binding: Binding | None
     triton: str | None = None
+    on_demand: bool = False
 
     @property
     def computes(self) -> bool:
@@ -44,10 +46,14 @@ class Kernel:
     @property
     def archs(self) -> tuple[str, ...]:
         """The architectures it can be built for."""
+        if self.on_demand:
+            return tuple(SHARED_MEMORY_LIMIT)
         return tuple(arch for arch in SHARED_MEMORY_LIMIT if self.shipped(arch))
 
     def shipped(self, arch: str) -> tuple[Specialisation, ...]:
-        """The specialisations that a wheel holds for an arch; empty where the kernel cannot be built for it."""
+        """The specialisations that a wheel holds for an arch; empty where there are none."""
+        if self.on_demand:
+            return ()
         return (EMPTY,) if self.binding is None else self.binding.shipped(arch)
 
 
@@ -99,6 +105,35 @@ KERNELS = {
         ),
     )
 }
+
+# The ladder's kernels (flashcore.ladder), by file and function. They compile, are cached and launch as all others do, and are
+# apart from KERNELS, which is what plans, wheels and evidence are made of.
+LADDER = {
+    kernel.id: kernel
+    for kernel in (
+        Kernel(
+            f"ladder_{function}",
+            f"flashcore.ladder.{file}",
+            function,
+            (f"ladder/{file}.py", "ladder/harness.py"),
+            None,
+            on_demand=True,
+        )
+        for file, function in (
+            ("unfused", "unfused_scores"),
+            ("unfused", "unfused_softmax"),
+            ("unfused", "unfused_output"),
+            ("scalar", "scalar"),
+            ("tensor_core_qk", "tensor_core_qk"),
+            ("tensor_core_pv", "tensor_core_pv"),
+        )
+    )
+}
+
+
+def find_kernel(kernel_id: str) -> Kernel:
+    """The kernel of this id, of the product's or of the ladder's. Raises KeyError where there is none."""
+    return LADDER[kernel_id] if kernel_id in LADDER else KERNELS[kernel_id]
 
 
 def shipped_set(arch: str) -> tuple[Specialisation, ...]:

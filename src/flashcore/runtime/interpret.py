@@ -12,7 +12,7 @@ import torch
 
 from flashcore.errors import UnsupportedError
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
-from flashcore.kernels.registry import KERNELS
+from flashcore.kernels.registry import find_kernel
 from flashcore.kernels.specialisation import Specialisation
 
 # Triton's interpreter keeps its state in globals.
@@ -34,7 +34,7 @@ def interpret(
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError as error:
         raise UnsupportedError("the interpreter needs Triton: pip install flashcore[compile]") from error
-    kernel = KERNELS[specialisation.kernel]
+    kernel = find_kernel(specialisation.kernel)
     function = getattr(importlib.import_module(kernel.module), kernel.function)
     if not isinstance(function, InterpretedFunction):
         raise UnsupportedError(f"{kernel.id}: TRITON_INTERPRET=1 must be in the environment before Triton is imported")
