@@ -5,11 +5,10 @@ Documents, plots and evidence are made from artifacts; none of their figures is 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from flashcore.bench.contender import Kind
 from flashcore.bench.gate import Correctness
@@ -18,7 +17,7 @@ from flashcore.bench.shapes import Shape
 from flashcore.bench.stats import Ratio, Stats, summarise
 from flashcore.bench.timing import Mode, Series
 from flashcore.environment import Clocks, Environment
-from flashcore.errors import ArgumentValueError
+from flashcore.stored import Stored, read
 
 SCHEMA_VERSION: Literal[1] = 1
 # A sample is an event time (0.5 us fine) over the launches of a replay: below a tenth of a nanosecond there is nothing.
@@ -99,7 +98,7 @@ class Settings(_Record):
     samples: dict[str, str]
 
 
-class Artifact(_Record):
+class Artifact(_Record, Stored):
     """One run of `flashcore bench`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -124,22 +123,7 @@ class Artifact(_Record):
             if contender.kind == "ours" and contender.status in ("failed", "wrong")
         ]
 
-    def save(self, path: Path) -> None:
-        """Write the artifact; the file appears whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(self.model_dump_json() + "\n")
-        part.replace(path)
-
 
 def load(path: Path) -> Artifact:
     """Read an artifact. Raises ArgumentValueError when it cannot be read, or is not one of this schema version."""
-    try:
-        return Artifact.model_validate_json(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentValueError(f"artifact: {path} cannot be read: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArgumentValueError(
-            f"artifact: {path} is not a flashcore-bench artifact of schema {SCHEMA_VERSION}: {where}: {first['msg']}"
-        ) from error
+    return read(Artifact, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +10,7 @@ from flashcore.bench.shapes import Shape
 from flashcore.environment import Environment
 from flashcore.profile import metrics
 from flashcore.profile.metrics import Metric
+from flashcore.stored import Stored
 
 
 class _Record(BaseModel):
@@ -61,7 +60,7 @@ class KernelRecord(_Record):
         return [(reason, value, value / total) for reason, value in ordered]
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(_Record, Stored):
     """One call under Nsight Compute. `absent`: what was not asked for, because this chip has no such metric."""
 
     schema_version: Literal[1] = 1
@@ -78,9 +77,3 @@ class ProfileRecord(_Record):
     def us(self) -> float:
         """Microseconds of all its kernels, one after another."""
         return sum(kernel.us for kernel in self.kernels)
-
-    def save(self, path: Path) -> None:
-        """Write the record; the file appears whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
-        part.replace(path)
