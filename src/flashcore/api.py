@@ -71,7 +71,7 @@ def attention(
             calls = {}
         found = recall(calls, q, k, v, attn_mask)
         if found is not None:
-            return found if return_lse else found[0]  # type: ignore[return-value]  # as below
+            return found if return_lse else found[0]  # type: ignore[return-value]  # lse is a tensor where it was asked for
     o, lse = _dispatch(
         q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl, calls=calls
     )

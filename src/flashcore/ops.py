@@ -25,38 +25,37 @@ _ARGUMENTS = (
 _library = torch.library.Library("flashcore", "DEF")
 
 
+# The arguments after the mask, with the defaults that the schema gives them.
+_OPTIONS: dict[str, Any] = {
+    "layout": "bshd",
+    "causal": False,
+    "scale": None,
+    "top_left": False,
+    "window_left": -1,
+    "window_right": -1,
+    "softcap": 0.0,
+    "impl": "auto",
+}
+
+
+def _named(options: tuple[object, ...]) -> dict[str, Any]:
+    """The options by name, of which the dispatcher leaves out defaults at the end; the window as one."""
+    given = {**_OPTIONS, **dict(zip(_OPTIONS, options, strict=False))}
+    window = given.pop("window_left"), given.pop("window_right")
+    return {**given, "window": window}
+
+
 def _run(
     return_lse: bool,
     calls: Calls,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    layout: str = "bshd",
-    causal: bool = False,
-    scale: float | None = None,
-    top_left: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    impl: str = "auto",
+    attn_mask: torch.Tensor | None,
+    options: tuple[object, ...],
 ) -> Result:
     with torch.no_grad():  # at autograd's key or below it; this tells the planner that no gradient is needed
-        o, lse = engine.run(
-            q,
-            k,
-            v,
-            attn_mask,
-            causal=causal,
-            scale=scale,
-            window=(window_left, window_right),
-            softcap=softcap,
-            return_lse=return_lse,
-            layout=layout,
-            impl=impl,
-            top_left=top_left,
-            calls=calls,
-        )
+        o, lse = engine.run(q, k, v, attn_mask, return_lse=return_lse, calls=calls, **_named(options))
     # The fake promises contiguous outputs; PyTorch's kernels return transposed ones for some layouts.
     return o.contiguous(), lse
 
@@ -67,25 +66,14 @@ def _fake(
     k: torch.Tensor,
     v: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    layout: str = "bshd",
-    causal: bool = False,
-    scale: float | None = None,
-    top_left: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    impl: str = "auto",
+    *options: object,
 ) -> Result:
-    options = Options.check(
-        causal=causal,
-        scale=scale,
-        window=(window_left, window_right),
-        softcap=softcap,
-        layout=layout,
-        top_left=top_left,
-    )
-    batch, heads_q, _, seqlen_q, _, _, head_dim_v = check_tensors(q, k, v, attn_mask, options.layout, sdpa=top_left)
-    shape = (batch, seqlen_q, heads_q, head_dim_v) if layout == "bshd" else (batch, heads_q, seqlen_q, head_dim_v)
+    given = _named(options)
+    del given["impl"]
+    checked = Options.check(**given)
+    sizes = check_tensors(q, k, v, attn_mask, checked.layout, sdpa=checked.top_left)
+    batch, heads_q, _, seqlen_q, _, _, head_dim_v = sizes
+    shape = (batch, seqlen_q, heads_q, head_dim_v) if checked.layout == "bshd" else (batch, heads_q, seqlen_q, head_dim_v)
     lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32) if return_lse else None
     return q.new_empty(shape), lse
 
@@ -101,7 +89,7 @@ def _define(name: str, *, return_lse: bool) -> Callable[..., Any]:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *options: Any) -> Any:
         calls = remembered(*options)
         found = recall(calls, q, k, v, attn_mask)
-        return returned(_run(return_lse, calls, q, k, v, attn_mask, *options) if found is None else found)
+        return returned(_run(return_lse, calls, q, k, v, attn_mask, options) if found is None else found)
 
     def autograd(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *options: Any
@@ -114,7 +102,7 @@ def _define(name: str, *, return_lse: bool) -> Callable[..., Any]:
                 return _Recorded.apply(operator, q, k, v, attn_mask, *options)
             if not (plain(q, k, v, attn_mask) and _ordinary(q, k, v, attn_mask)):
                 return _below_autograd(operator, q, k, v, attn_mask, *options)
-            found = _run(return_lse, calls, q, k, v, attn_mask, *options)
+            found = _run(return_lse, calls, q, k, v, attn_mask, options)
         return returned(found)
 
     _library.impl(name, autograd, "Autograd")

@@ -240,3 +240,9 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
         causal = flashcore.attention(q, k, v, causal=True)
         assert len(seen["flashcore.attention.default"]) == 6
     torch.testing.assert_close((plain, causal), (flashcore.attention(q, k, v), flashcore.attention(q, k, v, causal=True)))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse"])
+def test_the_schemas_defaults_are_those_that_the_operator_fills_in(name: str) -> None:
+    arguments = getattr(torch.ops.flashcore, name).default._schema.arguments
+    assert {argument.name: argument.default_value for argument in arguments[4:]} == ops._OPTIONS
