@@ -12,7 +12,7 @@ from flashcore.kernels.binding import Binding
 from flashcore.kernels.registry import BINDINGS, KERNELS
 from flashcore.kernels.specialisation import Specialisation
 from flashcore.spec import AttentionSpec
-from flashcore.target import Target
+from flashcore.target import SM_COUNTS, Target
 
 # what `impl=` takes; after "auto", in the order of auto's preference where measurements do not decide
 IMPLS = ("auto", *BINDINGS, torch_backend.IMPL)
@@ -120,7 +120,7 @@ def _plan_ours(binding: Binding, spec: AttentionSpec, target: Target) -> Plan | 
     if refusal is not None:
         return refusal
     arch = target.arch or "sm_90a"  # the interpreter runs the tiles of the GPU that the evidence is from
-    sm_count = target.sm_count or 132
+    sm_count = target.sm_count or SM_COUNTS[arch]
     specialisation = binding.specialise_call(spec, arch, sm_count)
     plan = Plan(
         binding.IMPL,

@@ -32,6 +32,9 @@ SHARED_MEMORY_LIMIT = {
     "sm_121a": 99 * 1024,
 }
 
+# Multiprocessors of an L4 and of an H200: what tiles are chosen for where there is no GPU to ask.
+SM_COUNTS = {"sm_89": 58, "sm_90a": 132}
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter. Triton reads the variable once, when a kernel is imported."""

@@ -15,12 +15,11 @@ from flashcore.ladder.problem import Problem
 from flashcore.ladder.steps import Step
 from flashcore.runtime.binary import Binary
 from flashcore.runtime.store import obtain
-from flashcore.target import SHARED_MEMORY_LIMIT, Target
+from flashcore.target import SHARED_MEMORY_LIMIT, SM_COUNTS, Target
 
 # of a thread, at the mission shape, in the steps that run on every arch (mission.md, section 3)
 MAX_REGISTERS = 128
-# What the choice of tiles assumes of a GPU that is not there: an L4's and an H200's multiprocessors.
-SM_COUNTS = {"sm_89": 58, "sm_90a": 132}
+# of an A100, for every other arch than those of target.SM_COUNTS
 DEFAULT_SM_COUNT = 108
 
 

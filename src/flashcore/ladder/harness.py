@@ -103,6 +103,7 @@ def launch(
         num_warps=tile.num_warps,
         num_stages=num_stages,
     )
+    # names of TENSORS, which a str cannot say
     pointers = tuple(Pointer(parameter.name.removesuffix("_ptr")) for parameter in tensors)  # type: ignore[arg-type]
     return Launch(specialisation, grid, (*pointers, *(value for _, _, value in numbers)))
 

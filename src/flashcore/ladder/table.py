@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flashcore.bench.artifact import ContenderRecord, SeriesRecord
 from flashcore.bench.markdown import view_to_markdown
 from flashcore.bench.stats import ratio_of_medians
-from flashcore.bench.view import View, figure
+from flashcore.bench.view import EMPTY, View, figure
 from flashcore.bench.work import tflops
 from flashcore.ladder.artifact import LadderArtifact, TimedShape
 from flashcore.ladder.code import KernelCode
@@ -26,7 +26,6 @@ COLUMNS = (
     "shared",
     "verdict",
 )
-NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,11 @@ def view(artifact: LadderArtifact, shape: TimedShape) -> View:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
-        NOTHING if row.us is None else figure(row.us),
-        NOTHING if row.tflops is None else figure(row.tflops),
-        NOTHING if row.share is None else f"{100 * row.share:.1f}",
-        NOTHING if row.before is None else f"{row.before:.2f}",
-        NOTHING if row.baseline is None else f"{row.baseline:.2f}",
+        EMPTY if row.us is None else figure(row.us),
+        EMPTY if row.tflops is None else figure(row.tflops),
+        EMPTY if row.share is None else f"{100 * row.share:.1f}",
+        EMPTY if row.before is None else f"{row.before:.2f}",
+        EMPTY if row.baseline is None else f"{row.baseline:.2f}",
         *code_cells(row.code),
         row.verdict,
     )
@@ -125,7 +124,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def code_cells(code: tuple[KernelCode, ...]) -> tuple[str, str, str]:
     """Registers, spills and shared memory of a step's kernels."""
     if not code:
-        return (NOTHING,) * 3
+        return (EMPTY,) * 3
     return (
         str(max(one.registers for one in code)),
         str(sum(one.spills for one in code)),

@@ -21,12 +21,12 @@ from flashcore.kernels.small.config import (
 )
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
+from flashcore.target import SM_COUNTS
 
 KERNEL = "small_forward"
 IMPL = "small"
 # With more blocks than an H200 takes in two rounds, the Hopper kernel, which shares keys between more rows, is ahead
 # (docs/notes/small-forward.md). Below, measurements decide.
-MULTIPROCESSORS = 132
 MAX_ROUNDS = 2
 _FACTOR = 2**30
 
@@ -71,7 +71,7 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
 
 def max_blocks(config: SmallConfig, head_dim: int) -> int:
     """The most blocks that a call may take in this form."""
-    return MAX_ROUNDS * MULTIPROCESSORS * config.resident(head_dim)
+    return MAX_ROUNDS * SM_COUNTS[ARCH] * config.resident(head_dim)
 
 
 def _tiles(spec: AttentionSpec) -> int:
