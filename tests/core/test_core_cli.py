@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from flashcore import cli
 from flashcore.build import machine_code
 from flashcore.build.machine_code import MachineCode
 from flashcore.build.sets import BuiltSet
@@ -29,20 +28,6 @@ def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`flashcore` in this process: (exit code, output, errors)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flashcore", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capsys.readouterr()
-        return stopped.value.code or 0, output, errors
-
-    return run
 
 
 def test_explain_prints_the_plan() -> None:

@@ -69,7 +69,7 @@ def _call(step: int, impls: list[str], x: torch.Tensor, others: Tensors) -> torc
     tensors[step % 3] = x
     impl, causal = impls[step % len(impls)], step % 4 < 2
     # that the result is o alone without return_lse, the signature cannot say
-    return flashcore.attention(*tensors, causal=causal, scale=0.5, impl=impl)  # type: ignore[return-value]
+    return flashcore.attention(*tensors, causal=causal, scale=0.5, impl=impl)
 
 
 def _chain(impls: list[str], x: torch.Tensor, others: Tensors, between: Between | None = None) -> Tensors:

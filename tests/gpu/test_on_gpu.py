@@ -22,7 +22,7 @@ pytestmark = [
 
 def _inputs(seqlen: int = 197, heads_k: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         torch.randn(2, seqlen, heads, 64, device="cuda", generator=generator).half() for heads in (8, heads_k, heads_k)
     )
 
@@ -41,7 +41,7 @@ def _ours() -> list[str]:
 def attend(request: pytest.FixtureRequest) -> Attend:
     """Each kernel of ours that this GPU runs."""
     # that the result is o alone without return_lse, the signature cannot say
-    return partial(flashcore.attention, impl=request.param)  # type: ignore[return-value]
+    return partial(flashcore.attention, impl=request.param)
 
 
 def _check(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> None:
@@ -138,7 +138,7 @@ def test_opcheck_on_the_gpu() -> None:
 def test_a_gradient_goes_to_torch_and_a_named_impl_refuses(attend: Attend) -> None:
     q, k, v = (t.requires_grad_() for t in _inputs(heads_k=8))
     assert flashcore.explain(q, k, v).impl == "torch"
-    flashcore.attention(q, k, v).float().sum().backward()  # type: ignore[union-attr]
+    flashcore.attention(q, k, v).float().sum().backward()
     assert q.grad is not None and torch.isfinite(q.grad).all()
     with pytest.raises(NotImplementedError, match="backward"):
         attend(q, k, v)

@@ -49,12 +49,12 @@ def _attend(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **opti
     """The call by a kernel, where it takes it and its binary is at hand: the Triton of this machine may not know our Gluon."""
     try:
         # mypy matches no dict of objects with keywords, and the signature cannot say that the result is o alone
-        plan = flashcore.explain(q, k, v, impl=impl, **options)  # type: ignore[arg-type]
+        plan = flashcore.explain(q, k, v, impl=impl, **options)
     except UnsupportedError as refusal:
         pytest.skip(str(refusal))
     if plan.origin == "compile":
         pytest.skip(f"no binary of the {impl} kernel is shipped or cached here: build the set of sm_90a first")
-    return flashcore.attention(q, k, v, impl=impl, **options)  # type: ignore[return-value, arg-type]
+    return flashcore.attention(q, k, v, impl=impl, **options)
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from flashcore import cli
 from flashcore.build import compile as compiling
 from flashcore.ladder import code
 from flashcore.ladder.steps import STEPS
@@ -17,17 +17,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`flashcore ladder` in this process: (exit code, output, errors)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flashcore", "ladder", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capsys.readouterr()
-        return stopped.value.code or 0, output, errors
-
-    return run
+def run(run: Run) -> Run:
+    """`flashcore ladder` in this process."""
+    return partial(run, "ladder")
 
 
 def test_the_help_imports_no_torch_and_no_triton() -> None:

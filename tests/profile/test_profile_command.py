@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from flashcore import cli, evidence
+from flashcore import evidence
 from flashcore.bench import runner
 from flashcore.bench.artifact import Artifact, ContenderRecord, load
 from flashcore.profile.records import ProfileRecord
@@ -20,17 +21,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`flashcore profile` in this process: (exit code, output, errors)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flashcore", "profile", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capsys.readouterr()
-        return int(stopped.value.code or 0), output, errors
-
-    return run
+def run(run: Run) -> Run:
+    """`flashcore profile` in this process."""
+    return partial(run, "profile")
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def shipped_cases() -> list[Case]:
             ]
             if head_dim == 64:
                 # as above
+                # LONG's values are ints, of fields that take ints
                 cases += [replace(case, name=f"{case.name}-long", **LONG) for case in plain[:2]]  # type: ignore[arg-type]
             cases += [
                 replace(exact, name=f"{exact.name}-partial", head_dim=partial),
