@@ -51,15 +51,15 @@ class HostTime(BaseModel):
 
 
 class LaunchCost(BaseModel):
-    """What tools/launch_cost.py writes; schema 1 had no streams of calls."""
+    """What tools/launch_cost.py writes: the same calls by the host's time and in a stream."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[2]
     environment: Environment
     host_us_per_call: dict[str, HostTime]
     # wall time, with the synchronisation after the last of many calls in a row
-    stream_us_per_call: dict[str, HostTime] = {}
+    stream_us_per_call: dict[str, HostTime]
 
 
 class WheelVerdict(BaseModel):
@@ -240,12 +240,11 @@ def _launch(path: Path) -> str:
         cost = LaunchCost.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
         raise ArgumentValueError(f"artifact: {path} is not what tools/launch_cost.py writes: {error}") from error
-    streams = cost.stream_us_per_call
-    columns = ("call", "host us, median", "min", "max", *(("in a stream, median",) if streams else ()))
-    rows = []
-    for name, host in cost.host_us_per_call.items():
-        stream = (figure(streams[name].median) if name in streams else "-",) if streams else ()
-        rows.append((name, *map(figure, (host.median, host.min, host.max)), *stream))
+    columns = ("call", "host us, median", "min", "max", "in a stream, median")
+    rows = [
+        (name, *map(figure, (host.median, host.min, host.max, cost.stream_us_per_call[name].median)))
+        for name, host in cost.host_us_per_call.items()
+    ]
     table = _table(columns, rows)
     return f"{table}\n\n- {_origin(path, cost.environment)}"
 
