@@ -212,8 +212,14 @@ def test_the_grid_is_one_block_a_multiprocessor_or_fewer(make_spec: MakeSpec) ->
         for sm_count in (1, 10, 132):
             assert binding.grid(spec, _specialise(spec), sm_count) == min(sm_count, tiles)
     assert binding.grid(make_spec(0), _specialise(make_spec()), 132) == 0
-    wide = make_spec(1, 1, 1, 193, 4096)
-    assert dict(_specialise(wide).constants)["WARPGROUPS"] == 3 and binding.grid(wide, _specialise(wide), 132) == 2
+
+
+def test_tiles_are_high_only_where_they_fill_the_gpu(make_spec: MakeSpec) -> None:
+    for heads, warpgroups, tiles in ((12, 3, 132), (11, 2, 11 * 17)):
+        spec = make_spec(1, heads, heads, 11 * 192 - 1, 4096)
+        specialisation = _specialise(spec)
+        assert dict(specialisation.constants)["WARPGROUPS"] == warpgroups, f"{heads} heads"
+        assert binding.grid(spec, specialisation, 10_000) == tiles, f"{heads} heads"
 
 
 @pytest.mark.parametrize(

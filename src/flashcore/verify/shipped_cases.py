@@ -11,8 +11,9 @@ from flashcore.verify.cases import Case, MaskCase
 GIB = 2**30
 # Enough rows for the "many" tiles on a GPU of up to 140 multiprocessors (2 * 128 rows each).
 MANY = {"batch": 2, "heads_q": 36, "heads_k": 12, "seqlen_q": 499, "seqlen_k": 577}
-# Enough keys for the tiles that the kernel for Hopper takes for long sequences (LONG in kernels/hopper/config.py).
-LONG = {"seqlen_q": 333, "seqlen_k": 2111, "needs_bytes": 4 * GIB}
+# Enough keys, and tiles for a GPU of up to 140 multiprocessors, for what the kernel for Hopper takes for long sequences
+# (LONG and `wide_fill` in kernels/hopper/config.py).
+LONG = {"batch": 2, "heads_q": 36, "heads_k": 12, "seqlen_q": 333, "seqlen_k": 2111, "needs_bytes": 8 * GIB}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

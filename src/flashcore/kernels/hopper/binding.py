@@ -9,7 +9,15 @@ from typing import Literal
 import torch
 
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
-from flashcore.kernels.hopper.config import HEAD_DIMS, REGISTERS, WARPGROUP_ROWS, HopperConfig, choose_config, configurations
+from flashcore.kernels.hopper.config import (
+    D64_WIDE,
+    HEAD_DIMS,
+    REGISTERS,
+    WARPGROUP_ROWS,
+    HopperConfig,
+    choose_config,
+    configurations,
+)
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import MAX_FACTOR, AttentionSpec
@@ -134,7 +142,8 @@ def _maps(head_dims: tuple[int, int], config: HopperConfig) -> list[tuple[str, T
 def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
     """The binary that a call on a GPU runs."""
     features = Features.of(spec)
-    return specialise(features, choose_config(features.head_dims, features.band, spec.seqlen_k))
+    wide_fill = -(-spec.seqlen_q // D64_WIDE.block_m) * spec.batch * spec.heads_q >= sm_count
+    return specialise(features, choose_config(features.head_dims, features.band, spec.seqlen_k, wide_fill=wide_fill))
 
 
 def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:

@@ -94,15 +94,19 @@ ANY_LENGTH = {
 LONG = 2048
 
 
-def choose_config(head_dims: tuple[int, int], band: str, seqlen_k: int) -> HopperConfig:
-    """The form for a call; `head_dims` is one of HEAD_DIMS, `band` "none", "causal" or "window"."""
+def choose_config(head_dims: tuple[int, int], band: str, seqlen_k: int, *, wide_fill: bool) -> HopperConfig:
+    """The form for a call; `head_dims` is one of HEAD_DIMS, `band` "none", "causal" or "window".
+
+    wide_fill: the call has as many tiles of D64_WIDE's height as the GPU has multiprocessors. Where it has not, lower tiles
+    put more of them to work.
+    """
     if head_dims in ANY_LENGTH:
         return ANY_LENGTH[head_dims]
     if band == "none":
-        return D64_WIDE if seqlen_k >= LONG else D64_REGISTERS
+        return D64_WIDE if seqlen_k >= LONG and wide_fill else D64_REGISTERS
     return D64_REGISTERS if band == "causal" and seqlen_k >= LONG else D64
 
 
 def configurations(head_dims: tuple[int, int], band: str) -> tuple[HopperConfig, ...]:
     """Every form that choose_config may give for these head dims and this band."""
-    return tuple(dict.fromkeys(choose_config(head_dims, band, seqlen_k) for seqlen_k in (1, LONG)))
+    return tuple(dict.fromkeys(choose_config(head_dims, band, seqlen_k, wide_fill=True) for seqlen_k in (1, LONG)))
