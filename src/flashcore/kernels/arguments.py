@@ -6,9 +6,31 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 # The tensors of a call. `counter` is one int32, zero when the kernel starts, for a kernel that asks for it
-# (Binding.needs_counter). `workspace` is device memory between the launches of a call that takes several, which none of the
-# product's does: the engine gives no address for it.
-TensorName = Literal["q", "k", "v", "mask", "o", "lse", "counter", "workspace"]
+# (Binding.needs_counter). `workspace` is device memory between the launches of the ladder's first step, `view` what a kernel
+# records where flashcore.debug asks it to. What follows is of backward passes (kernels/program.py). The engine gives no address
+# for any of these in a forward call.
+#
+# delta: sum(do * o) - dlse of each row. row_lse: the log-sum-exp as the kernels want it. dq_sum: float32 partial sums of dq.
+TensorName = Literal[
+    "q",
+    "k",
+    "v",
+    "mask",
+    "o",
+    "lse",
+    "counter",
+    "workspace",
+    "view",
+    "do",
+    "dlse",
+    "dq",
+    "dk",
+    "dv",
+    "dmask",
+    "delta",
+    "row_lse",
+    "dq_sum",
+]
 TENSORS: tuple[TensorName, ...] = get_args(TensorName)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashcore.kernels.backward_binding import BackwardBinding
 from flashcore.kernels.binding import Binding
 from flashcore.kernels.hopper import binding as hopper
 from flashcore.kernels.portable import binding as portable
@@ -19,6 +20,9 @@ EMPTY = Specialisation(kernel="empty", name="empty", parameters=(), constants=()
 # What computes attention, by the name that `impl=` takes; the first that applies where measurements say nothing.
 _IN_ORDER: tuple[Binding, ...] = (small, hopper, portable)
 BINDINGS = {binding.IMPL: binding for binding in _IN_ORDER}
+# What computes gradients, by the same names and in the same order.
+_BACKWARDS_IN_ORDER: tuple[BackwardBinding, ...] = ()
+BACKWARDS = {binding.IMPL: binding for binding in _BACKWARDS_IN_ORDER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class Kernel:
     module: str
     function: str
     sources: tuple[str, ...]
-    binding: Binding | None
+    binding: Binding | BackwardBinding | None
     triton: str | None = None
     on_demand: bool = False
 
@@ -54,7 +58,10 @@ class Kernel:
         """The specialisations that a wheel holds for an arch; empty where there are none."""
         if self.on_demand:
             return ()
-        return (EMPTY,) if self.binding is None else self.binding.shipped(arch)
+        if self.binding is None:
+            return (EMPTY,)
+        # a backward pass has several kernels
+        return tuple(specialisation for specialisation in self.binding.shipped(arch) if specialisation.kernel == self.id)
 
 
 KERNELS = {
@@ -65,7 +72,7 @@ KERNELS = {
             portable.KERNEL,
             "flashcore.kernels.portable.forward",
             "portable_forward",
-            ("kernels/portable/forward.py",),
+            ("kernels/portable/forward.py", "kernels/view.py"),
             portable,
         ),
         Kernel(
@@ -115,7 +122,7 @@ LADDER = {
             f"ladder_{function}",
             f"flashcore.ladder.{file}",
             function,
-            (f"ladder/{file}.py", "ladder/harness.py"),
+            (f"ladder/{file}.py", "ladder/harness.py", "kernels/view.py"),
             None,
             on_demand=True,
         )
