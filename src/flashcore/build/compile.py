@@ -85,7 +85,7 @@ def compile_specialisation(specialisation: Specialisation, arch: str) -> Binary:
             )
     except Exception as error:  # whatever the compiler throws becomes one kind of error, with its words kept
         raise CompileError(f"{what}: {type(error).__name__}: {error}") from error
-    if function.is_gluon():
+    if function.is_gluon() and not specialisation.recorded:
         _refuse_lost_performance(log.getvalue(), what)
     if getattr(compiled.metadata, "global_scratch_size", 0):
         raise CompileError(f"{what}: needs scratch memory, which no launcher here gives")
@@ -162,7 +162,8 @@ def _ptxas_log() -> Iterator[io.StringIO]:
 def _refuse_lost_performance(log: str, what: str) -> None:
     """Raise CompileError where ptxas serialised wgmma or ignored setmaxnreg, which it mentions in its log and goes on.
 
-    For Gluon kernels, whose authors place the waits. Where Triton places them, a slow kernel is better than none.
+    For Gluon kernels, whose authors place the waits. Where Triton places them, a slow kernel is better than none; so it is
+    where a kernel records its stages, which costs it the registers that the waits were placed for.
     """
     if "Compiling entry function" not in log:
         raise CompileError(f"{what}: ptxas's log is not to be had from this Triton, so serialised wgmma would pass unseen")

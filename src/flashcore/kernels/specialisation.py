@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +29,10 @@ class Parameter:
         """The element type and the tile of a tensor map, outermost dimension first; None for any other parameter."""
         found = re.fullmatch(r"tensormap<(\w+)\[(\d+(?:,\d+)*)\]>", self.type)
         return None if found is None else (found[1], tuple(map(int, found[2].split(","))))
+
+
+# By which a kernel is asked to record its stages (kernels/view.py). No binary of the product has it.
+VIEW = Parameter("view_ptr", "*fp32", 16)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,15 @@ class Specialisation:
             sort_keys=True,
             separators=(",", ":"),
         )
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the binary records its stages."""
+        return VIEW in self.parameters
+
+    def recording(self) -> Specialisation:
+        """The same, asked to record its stages."""
+        return replace(self, name=f"{self.name}-view", parameters=(*self.parameters, VIEW))
 
     @classmethod
     def from_key(cls, key: str) -> Specialisation:

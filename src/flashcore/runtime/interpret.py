@@ -41,8 +41,9 @@ def interpret(
     if grid == 0:
         return
     with _one_at_a_time, _bfloat16_products():
-        values = [_interpretable(argument, tensors) for argument in arguments]
-        function[(grid,)](*values, **dict(specialisation.constants))
+        names = [parameter.name for parameter in specialisation.parameters]
+        values = {name: _interpretable(argument, tensors) for name, argument in zip(names, arguments, strict=True)}
+        function[(grid,)](**values, **dict(specialisation.constants))
 
 
 def _interpretable(argument: Argument, tensors: Mapping[TensorName, torch.Tensor | None]) -> torch.Tensor | int | float:

@@ -14,6 +14,7 @@ from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.shared import Shared
 from flashcore.kernels.hopper.softmax import cap_scores, finish, first_block, hold_until_summed, next_block
+from flashcore.kernels.hopper.view import view_output, view_scores, view_statistics, view_weights
 
 
 @gluon.constexpr_function
@@ -115,6 +116,14 @@ def _store_lse(s, lse_ptr, lse, batch, head, m0):
 
 
 @gluon.jit
+def _view_tile(view_ptr, s, head, m0, m_i, l_i, acc, acc_tail):
+    view_statistics(view_ptr, head, m0, s.tiles.seqlen_q, s.tiles.seqlen_k, m_i, l_i, acc)
+    view_output(view_ptr, head, m0, s.tiles.seqlen_q, s.tiles.seqlen_k, acc, 0)
+    if s.v.TAIL_DIM > 0:
+        view_output(view_ptr, head, m0, s.tiles.seqlen_q, s.tiles.seqlen_k, acc_tail, s.v.DIM)
+
+
+@gluon.jit
 def _cap_and_mask(s, scores, m0, n, cap_scale, MASKED: gl.constexpr):
     tiles = s.tiles
     if s.options.SOFTCAP:
@@ -126,14 +135,16 @@ def _cap_and_mask(s, scores, m0, n, cap_scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _step(s, use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, MASKED: gl.constexpr):
+def _step(s, use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, MASKED: gl.constexpr, view):
     """Scores and softmax of block n, while the values of the block before are multiplied."""
     slot = s.kv_ring.wait(use)
     scores = _start_scores(s, q, q_tail, slot)
     acc, acc_tail = _start_output(s, p, acc, acc_tail, slot)
     scores = warpgroup_mma_wait(s.v.PARTS, deps=(scores,))
     scores = _cap_and_mask(s, scores, m0, n, cap_scale, MASKED)
+    view_scores(view[0], view[1], m0, s.tiles.seqlen_q, n * s.k.ROWS, s.tiles.seqlen_k, scores)
     p_next, alpha, m_i, l_i = next_block(scores, m_i, l_i, scale, s.options.EMULATE_EXP2 and not MASKED)
+    view_weights(view[0], view[1], m0, s.tiles.seqlen_q, n * s.k.ROWS, s.tiles.seqlen_k, p_next, m_i)
     p_next = p_next.to(p.dtype)
     if s.options.HOLD_WAIT:
         gl.inline_asm(hold_until_summed, ("f",), [l_i])
@@ -149,7 +160,7 @@ def _step(s, use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale
 
 
 @gluon.jit
-def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store_lse):
+def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store_lse, view_ptr):
     """The rows of one warpgroup, tile after tile.
 
     `scale` holds log2(e), and with SOFTCAP the cap in place of the scale (softmax.cap_scores).
@@ -183,7 +194,10 @@ def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store
         begin, end = tiles.visited(tile_m0)
         n = end - 1
         scores = _cap_and_mask(s, scores, m0, n, cap_scale, True)
+        view = (view_ptr, batch * tiles.heads_q + head)
+        view_scores(view[0], view[1], m0, tiles.seqlen_q, n * s.k.ROWS, tiles.seqlen_k, scores)
         p, m_i, l_i = first_block(scores, scale)
+        view_weights(view[0], view[1], m0, tiles.seqlen_q, n * s.k.ROWS, tiles.seqlen_k, p, m_i)
         p = gl.convert_layout(p.to(s.v.main.dtype), left_operand(s.v.DIM))
         acc, acc_tail = _zero_output(s)
 
@@ -193,21 +207,23 @@ def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store
             while n > gl.maximum(plain_end, begin):
                 n -= 1
                 p, acc, acc_tail, m_i, l_i = _step(
-                    s, kv_use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, True
+                    s, kv_use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, True, view
                 )
                 kv_use += 1
         last_plain = begin
         if tiles.HAS_LO:
             last_plain = gl.minimum(n, gl.maximum(plain_begin, begin))
-        for _ in range(last_plain, n):
-            p, acc, acc_tail, m_i, l_i = _step(s, kv_use, 0, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, False)
+        for i in range(last_plain, n):
+            p, acc, acc_tail, m_i, l_i = _step(
+                s, kv_use, last_plain + n - 1 - i, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, False, view
+            )
             kv_use += 1
         if tiles.HAS_LO:
             n = last_plain
             while n > begin:
                 n -= 1
                 p, acc, acc_tail, m_i, l_i = _step(
-                    s, kv_use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, True
+                    s, kv_use, n, m0, q, q_tail, p, acc, acc_tail, m_i, l_i, scale, cap_scale, True, view
                 )
                 kv_use += 1
 
@@ -233,6 +249,7 @@ def consume(WARPGROUP: gl.constexpr, s: Shared, lse_ptr, scale, cap_scale, store
         if store_lse != 0:
             _store_lse(s, lse_ptr, lse, batch, head, m0)
         acc, acc_tail = _wait_output(s, acc, acc_tail, s.k.PARTS if JOIN_TILES else 0)
+        _view_tile(view_ptr, s, batch * tiles.heads_q + head, m0, m_i, l_i, acc, acc_tail)
         acc, acc_tail = _scale_output(s, acc, acc_tail, inverse)
         if O_SHARES_Q:
             _store_output(s, acc, acc_tail, q_slot, batch, head, m0)

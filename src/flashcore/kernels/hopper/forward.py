@@ -23,12 +23,13 @@ def hopper_forward(
     Q_REGISTERS: gl.constexpr, O_SHARES_Q: gl.constexpr, JOIN_TILES: gl.constexpr, SKIP_RESCALE: gl.constexpr,
     EMULATE_EXP2: gl.constexpr, HOLD_WAIT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    HAS_LO: gl.constexpr, HAS_HI: gl.constexpr, SOFTCAP: gl.constexpr,
+    HAS_LO: gl.constexpr, HAS_HI: gl.constexpr, SOFTCAP: gl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """o = softmax(scale * q k^T [capped, banded]) v; grid = one block a multiprocessor, at most one a tile.
 
     The maps are over (B, H, S, D) with any strides: q and o in tiles [1, 1, 64, DIM], k and v in tiles [1, 1, BLOCK_N, DIM].
     The tails are the columns from DIM on. `heads` is B * Hq; lse is (B, Hq, Sq) contiguous; the counter holds 0.
+    view_ptr: what view.py records goes there.
     """
     BLOCK_M: gl.constexpr = WARPGROUPS * q_map.block_shape[2]
     q = Operand.create(q_map, q_tail_map, Q_SLOTS * WARPGROUPS)
@@ -53,9 +54,8 @@ def hopper_forward(
     s = Shared(q, k, v, o, q_ring, kv_ring, announcements, tiles, options)
 
     feed = (s, counter_ptr, heads_per_kv)
-    work = (s, lse_ptr, scale, cap_scale, store_lse)
-    first = (gl.constexpr(0),) + work
-    second = (gl.constexpr(1),) + work
+    first = (gl.constexpr(0), s, lse_ptr, scale, cap_scale, store_lse, view_ptr)
+    second = (gl.constexpr(1), s, lse_ptr, scale, cap_scale, store_lse, view_ptr)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [(consume, first), (consume, second), (produce, feed)],
@@ -63,7 +63,7 @@ def hopper_forward(
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
-        third = (gl.constexpr(2),) + work
+        third = (gl.constexpr(2), s, lse_ptr, scale, cap_scale, store_lse, view_ptr)
         gl.warp_specialize(
             [(consume, first), (consume, second), (consume, third), (produce, feed)],
             [4, 4, 1],

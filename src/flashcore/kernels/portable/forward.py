@@ -21,12 +21,14 @@ What reaches the output: a key outside the band of every row of the tile is neve
 row of the tile attends is replaced by zero, so NaN in padding cannot leak through 0 * NaN. A NaN in a value that *some*
 row of the same tile attends does reach the other rows of that tile.
 
-This file is all that a binary is made of; it imports nothing but Triton. `binding.py` beside it chooses the constants and
-lays out the arguments, because that must work where Triton is not installed.
+This file, with kernels/view.py, is all that a binary is made of; it imports nothing but Triton. `binding.py` beside it chooses
+the constants and lays out the arguments, because that must work where Triton is not installed.
 """
 
 import triton
 import triton.language as tl
+
+from flashcore.kernels.view import view_output, view_scores, view_statistics, view_weights
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -81,7 +83,7 @@ def _attend_range(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, view,
 ):  # fmt: skip
     """Attend the key tiles in [start, stop); with MASKED, keys outside [n_begin, n_end) and outside the band are excluded."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -126,6 +128,7 @@ def _attend_range(
                     s = s + bias
                 v_kept = tl.max(attended.to(tl.int32), 0) > 0
             s = tl.where(attended, s, float("-inf"))
+        view_scores(view[0], view[1], offs_m, seqlen_q, start_n, view[2], s)
 
         if FOLD_SCALE:
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
@@ -142,6 +145,7 @@ def _attend_range(
             p = tl.exp2((s - pivot[:, None]) * LOG2_E)
             alpha = tl.exp2((m_i - pivot) * LOG2_E)
         l_i = l_i * alpha + tl.sum(p, 1)
+        view_weights(view[0], view[1], offs_m, seqlen_q, start_n, view[2], p, m_new)
         v = _load_rows(v_base + n_base * stride_vs, v_offsets, n, offs_dv, n_begin, n_end, head_dim_v, MASKED, PARTIAL_D)
         if MASK != "none":
             v = tl.where(v_kept[:, None], v, 0.0)
@@ -166,12 +170,13 @@ def portable_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """o = softmax(scale * q k^T [capped, biased, banded]) v for BLOCK_M rows of one head; grid = cdiv(Sq, BLOCK_M) * B * H.
 
     With FOLD_SCALE, `scale` already holds log2(e) and is positive; otherwise it is the plain scale. Strides are in
     elements, 64 bits; the last dimension of q, k, v and o has stride 1; lse is (B, H, Sq) contiguous.
+    view_ptr: what kernels/view.py records goes there.
     """
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -216,6 +221,7 @@ def portable_forward(
     if MASK != "none":
         edge_begin = n_begin // BLOCK_N * BLOCK_N  # every tile may hold a masked key: one loop over all
 
+    view = (view_ptr, (b * heads_q + h) * seqlen_q, seqlen_k)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -224,22 +230,24 @@ def portable_forward(
             acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, n_begin // BLOCK_N * BLOCK_N, tl.minimum(full_begin, n_end), n_begin, n_end, seqlen_q, head_dim, head_dim_v,
             band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
-            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
+            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True, view,
         )  # fmt: skip
     if MASK == "none":
         acc, l_i, m_i = _attend_range(
             acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
             offs_m, full_begin, full_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
             band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
-            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, STAGES, False,
+            HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, STAGES, False, view,
         )  # fmt: skip
     acc, l_i, m_i = _attend_range(
         acc, l_i, m_i, q, q_base, k_base, v_base, mask_base, stride_qs, stride_ks, stride_vs, stride_mq, stride_mk,
         offs_m, edge_begin, n_end, n_begin, n_end, seqlen_q, head_dim, head_dim_v,
         band_lo, band_hi, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, PARTIAL_D,
-        HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True,
+        HAS_LO, HAS_HI, MASK, SOFTCAP, FOLD_SCALE, PRECISION, EDGE_STAGES, True, view,
     )  # fmt: skip
 
+    view_statistics(view[0], view[1], offs_m, seqlen_q, seqlen_k, m_i, l_i)
+    view_output(view[0], view[1], offs_m, seqlen_q, seqlen_k, acc)
     # A row that attended nothing: output 0, lse -inf.
     o = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     o_ptrs = o_ptr + b * stride_ob + h * stride_oh + offs_m.to(tl.int64)[:, None] * stride_os + offs_dv[None, :]

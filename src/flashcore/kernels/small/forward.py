@@ -16,6 +16,7 @@ from flashcore.kernels.hopper.launches import let_next_launch_start, wait_for_ea
 from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.softmax import finite_pivot, inverse_and_lse, thread_sums
+from flashcore.kernels.hopper.view import view_output, view_scores, view_statistics, view_weights
 from flashcore.kernels.small.cluster import expect, wait_for_cluster
 from flashcore.kernels.small.layouts import stored
 from flashcore.kernels.small.peers import ROWS, Peers
@@ -31,13 +32,14 @@ def _divided(n, factor):
 def small_forward(
     q_map, k_map, v_map, o_ptr, lse_ptr, tiles_factor, tiles, heads_factor, heads_q, group_factor,
     seqlen_q, seqlen_k, band_hi, head_dim_v, o_stride_b, o_stride_h, o_stride_s, scale, store_lse,
-    CLUSTER: gl.constexpr, KEYS: gl.constexpr, HAS_HI: gl.constexpr,
+    CLUSTER: gl.constexpr, KEYS: gl.constexpr, HAS_HI: gl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """o = softmax(scale * q k^T [banded]) v; grid = CLUSTER * tiles * heads_q * B, a cluster for each tile of 64 rows.
 
     The maps are over (B, H, S, D) with any strides: q in tiles [1, 1, 64, DIM], k and v in tiles [1, 1, BLOCK_N, DIM], of which
     a block takes KEYS / BLOCK_N. seqlen_k <= CLUSTER * KEYS. The factors are for division by tiles, heads_q and the query heads
-    that share keys. `scale` holds log2(e); o and lse are contiguous in their last dimension.
+    that share keys. `scale` holds log2(e); o and lse are contiguous in their last dimension. view_ptr: what
+    hopper/view.py records goes there.
     """
     dtype: gl.constexpr = q_map.dtype
     DIM: gl.constexpr = q_map.block_shape[3]
@@ -102,6 +104,7 @@ def small_forward(
         n0 = rank * KEYS + block * BLOCK_N
         if n0 + BLOCK_N > attended_by_all:
             s = mask_scores(s, m0, n0, seqlen_k, 0, band_hi, False, HAS_HI)
+        view_scores(view_ptr, head_of_all, m0, seqlen_q, n0, seqlen_k, s)
         scores = scores + (s,)
     # Early enough that the next launch's blocks are there when this one ends, and late enough not to be in its way.
     let_next_launch_start()
@@ -114,6 +117,7 @@ def small_forward(
     acc = gl.zeros([ROWS, DIM], gl.float32, accumulator(DIM))
     for block in gl.static_range(BLOCKS):
         p = gl.exp2(scores[block] * scale - pivot[:, None])
+        view_weights(view_ptr, head_of_all, m0, seqlen_q, rank * KEYS + block * BLOCK_N, seqlen_k, p, m_i)
         if block == 0:
             l_partial = thread_sums(p)
         else:
@@ -128,6 +132,7 @@ def small_forward(
     if CLUSTER > 1:
         peers.send_output(acc)
         m_i, l_i, weights = peers.receive_rows(m_i, l_i, scale)
+    view_statistics(view_ptr, head_of_all, m0, seqlen_q, seqlen_k, m_i, l_i[:, None], acc)
     inverse, lse = inverse_and_lse(m_i, l_i, scale)
     if (store_lse != 0) & (rank == 0):
         rows = m0 + gl.arange(0, ROWS, layout=lse.type.layout)
@@ -140,6 +145,7 @@ def small_forward(
         o = peers.receive_output(weights, inverse)
     else:
         o = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+    view_output(view_ptr, head_of_all, m0, seqlen_q, seqlen_k, o, rank * COLUMNS)
     inside = (rows < seqlen_q)[:, None] & (columns < head_dim_v)[None, :]
     gl.store(o_ptrs, gl.convert_layout(o.to(dtype), layout), mask=inside)
     if CLUSTER > 1:
