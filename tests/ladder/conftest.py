@@ -30,8 +30,8 @@ _ENVIRONMENT = Environment(
 )  # fmt: skip
 _RIGHT = Correctness(checked="all", max_abs=1e-4, mean_abs=1e-5, bound=1e-3, passed=True, reason="")
 _CODE = KernelCode(
-    specialisation="ladder_x", arch="sm_90a", sha256="0" * 64, registers=40, spills=0, shared=1024, matrix={},
-    async_copies=0, wide_loads=3, narrow_loads=0,
+    specialisation="ladder_x", arch="sm_90a", sha256="0" * 64, triton="3.9.0", registers=40, spills=0, shared=1024, matrix={},
+    async_copies=0, arriving_copies=0, wide_loads=3, narrow_loads=0,
 )  # fmt: skip
 
 MEDIANS = {"unfused": 80.0, "ladder-unfused": 40.0, "ladder-scalar": 160.0}

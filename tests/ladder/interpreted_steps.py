@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashcore import cli, reference
+from flashcore.kernels.registry import LADDER
 from flashcore.ladder import artifact, checks
 from flashcore.ladder.checks import MUTATED_CASE, MUTATIONS, cases, verify_step
 from flashcore.ladder.run import attend, implementation
@@ -15,7 +16,7 @@ from flashcore.ladder.steps import STEPS, find_step
 from flashcore.verify.suite import run_case
 
 CPU = torch.device("cpu")
-OWN = [step.name for step in STEPS if step.impl is None]
+OWN = [step.name for step in STEPS if step.impl is None and not step.gluon]
 TINY, SMALL = (next(case for case in cases() if case.name == name) for name in ("tiny-seed0", "small-seed42"))
 # more keys than queries, in no way a multiple of a tile
 ODD = replace(TINY, name="odd", seqlen_q=19, seqlen_k=45, scale=None)
@@ -56,14 +57,29 @@ def test_the_command_verifies_and_says_that_nothing_was_timed(tmp_path: Path, mo
     monkeypatch.setattr(checks, "cases", lambda: [TINY, next(case for case in cases() if case.name == MUTATED_CASE)])
     out = tmp_path / "ladder.json"
     monkeypatch.setattr(
-        sys, "argv", ["flashcore", "ladder", "--run", "--step", "tuned_tiles", "--step", "small", "--out", str(out)]
+        sys,
+        "argv",
+        [
+            "flashcore",
+            "ladder",
+            "--run",
+            "--step",
+            "tuned_tiles",
+            "--step",
+            "warp_specialised",
+            "--step",
+            "small",
+            "--out",
+            str(out),
+        ],
     )
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     said = capsys.readouterr().out
     assert stopped.value.code in (0, None), said
     assert "tuned_tiles (interpreted): 2 of 2 cases passed; 5 of 5 mutations caught" in said
+    assert "warp_specialised: not run: needs a GPU of sm_80 or later; got the interpreter" in said
     assert "small: not run: " in said and "nothing was timed" in said
     found = artifact.load(out)
-    assert found.shapes == [] and found.steps == ["tuned_tiles", "small"] and found.failures == []
-    assert found.environment.gpu is None and len(found.sources) == 6
+    assert found.shapes == [] and found.steps == ["tuned_tiles", "warp_specialised", "small"] and found.failures == []
+    assert found.environment.gpu is None and set(found.sources) == set(LADDER)

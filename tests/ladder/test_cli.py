@@ -37,7 +37,8 @@ def test_without_triton_the_steps_are_listed_and_it_says_what_is_missing(run: Ru
     monkeypatch.setattr(compiling, "triton_version", lambda: None)
     status, said, _ = run()
     assert status == 0 and all(step.name in said for step in STEPS) and "no Triton here" in said
-    assert said.index("unfused") < said.index("scalar") < said.index("async_copies") < said.index("hopper")
+    assert said.index("unfused") < said.index("scalar") < said.index("async_copies") < said.index("warp_spec")
+    assert said.index("warp_spec") < said.index("hopper")
 
 
 def test_the_list_shows_what_the_binaries_hold(run: Run, known, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a compile shows of the steps, with no GPU: the limits of mission.md, and each idea where it is meant and not before."""
 
 import ast
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -58,19 +59,40 @@ def test_every_step_keeps_the_limits_at_the_mission_shape_and_takes_its_argument
         ({"shared": SHARED_MEMORY_LIMIT["sm_89"] + 1}, "shared memory: 101377 bytes, allowed 101376"),
         ({"matrix": {}}, "matrix instructions: none, meant some"),
         ({"async_copies": 4}, "async copies: 4, meant none"),
+        ({"arriving_copies": 1}, "copies that arrive at a barrier: 1, meant none"),
         ({"narrow_loads": 1}, "128-bit loads: some of them, meant all"),
         ({"wide_loads": 0, "narrow_loads": 4}, "128-bit loads: none of them, meant all"),
     ],
 )
 def test_each_limit_is_found_broken(change: dict[str, object], words: str) -> None:
     right = KernelCode(
-        specialisation="it", arch="sm_89", sha256="", registers=128, spills=0, shared=1024, matrix={"HMMA": 8}, async_copies=0,
-        wide_loads=3, narrow_loads=0,
+        specialisation="it", arch="sm_89", sha256="", triton="", registers=128, spills=0, shared=1024, matrix={"HMMA": 8},
+        async_copies=0, arriving_copies=0, wide_loads=3, narrow_loads=0,
     )  # fmt: skip
     step = find_step("tensor_core_pv")
     assert violations(step, [right]) == []
     assert violations(step, [right.model_copy(update=change)]) == [f"it for sm_89: {words}"]
     assert violations(step, []) == ["tensor_core_pv: 0 binaries, meant 1"]
+
+
+def test_the_warp_specialised_step_spills_nothing_at_any_head_dim_and_takes_the_matrix_unit_of_the_arch() -> None:
+    step = find_step("warp_specialised")
+    units = {"sm_80": {"HMMA"}, "sm_90a": {"HGMMA"}}
+    # the tiles for few queries and for many
+    wanted = [
+        Request(specialisation, arch)
+        for arch in units
+        for head_dim in HEAD_DIMS
+        for seqlen_q in (512, 65536)
+        for specialisation in step.specialisations(Problem(1, 8, seqlen_q, 512, head_dim, 0.125), arch, 108)
+    ]
+    for outcome in compile_all(list(dict.fromkeys(wanted)), jobs=1):
+        assert outcome.binary is not None, outcome.error
+        code = read_code(outcome.binary)
+        assert (code.spills, set(code.matrix)) == (0, units[code.arch]) and code.arriving_copies, code
+        # the consumers' warps, the producer's, and those that make up its four
+        assert outcome.binary.info.threads == 32 * (outcome.request.specialisation.num_warps + 4)
+        assert code.shared <= SHARED_MEMORY_LIMIT["sm_89"]
 
 
 def test_no_matrix_instructions_may_hide_in_the_scalar_steps() -> None:
@@ -90,7 +112,8 @@ def _grids(step: Step, problem: Problem) -> Sequence[int]:
 def test_grids_cover_every_query_of_every_head() -> None:
     odd = Problem(2, 3, 65, 33, 64, 0.125)
     assert _grids(find_step("unfused"), odd) == [12, 2 * 3 * 65, 12]
-    assert _grids(find_step("scalar"), odd) == [30] and _grids(find_step("tuned_tiles"), odd) == [12]
+    assert _grids(find_step("scalar"), odd) == [30]
+    assert _grids(find_step("tuned_tiles"), odd) == _grids(find_step("warp_specialised"), odd) == [12]
     assert [step.program(odd, "sm_89", 58).workspace for step in OWN] == [2 * 3 * 65 * 33] + [0] * (len(OWN) - 1)
 
 
@@ -102,6 +125,13 @@ def test_more_queries_choose_the_larger_tile_and_every_head_dim_has_both() -> No
         enough = 2 * many.block_m * 132
         assert choose(Problem(1, 1, enough, 64, head_dim, 1.0), 132) == many
         assert choose(Problem(1, 1, enough - 1, 64, head_dim, 1.0), 132) == few
+
+
+def test_a_step_in_gluon_is_not_interpreted() -> None:
+    step = find_step("warp_specialised")
+    assert step.refusal(MISSION, "sm_80", False) is None and "does not run Gluon" in str(step.refusal(MISSION, None, True))
+    assert step.refusal(MISSION, None, False) == "needs a GPU of sm_80 or later"
+    assert [one.name for one in OWN if one.refusal(MISSION, None, True)] == ["warp_specialised"]
 
 
 def test_the_ladder_is_neither_shipped_nor_evidence() -> None:
@@ -124,7 +154,7 @@ def test_every_kernel_of_the_ladder_is_some_steps_and_its_sources_are_all_that_i
             for node in ast.walk(ast.parse(source.read_text()))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashcore")
         }
-        jitted = {name for name in imported if "@triton.jit" in (PACKAGE / name).read_text()}
+        jitted = {name for name in imported if re.search(r"^@(triton|gluon)\.jit$", (PACKAGE / name).read_text(), re.MULTILINE)}
         # of another step only a tile may be taken, which is no part of a binary's source
         assert "ladder/harness.py" in jitted and jitted - {"ladder/tensor_core_qk.py"} <= set(kernel.sources)
 

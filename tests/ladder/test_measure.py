@@ -96,7 +96,7 @@ def test_what_is_right_is_timed_beside_pytorch_and_what_is_wrong_is_listed(
     assert [[contender.name for contender in request.contenders] for request in asked] == [names] * 2
     assert [list(request.shapes) for request in asked] == [[shape] for shape in SHAPES]
     assert all(set(request.left_out) == {"ladder-vectorised"} and not request.eager for request in asked)
-    # nine contenders of a second each
+    # a round takes a second for each contender, so that the budget would hold fewer of them
     assert {request.iters for request in asked} == {MIN_ITERS}
     # the small kernel does not take the long shape, so it has no binary there
     assert [("small" in shape.code, "vectorised" in shape.code) for shape in found.shapes] == [(True, False), (False, False)]

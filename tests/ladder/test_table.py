@@ -11,7 +11,7 @@ from flashcore.ladder import artifact
 from flashcore.ladder.artifact import LadderArtifact
 from flashcore.ladder.measure import SHAPES
 from flashcore.ladder.plot import plot
-from flashcore.ladder.table import COLUMNS, rows, to_markdown, view
+from flashcore.ladder.table import COLUMNS, brought, rows, to_markdown, view
 
 Make = Callable[..., LadderArtifact]
 
@@ -42,11 +42,22 @@ def test_the_table_shows_the_worst_of_several_kernels(make_ladder: Make) -> None
     assert [by_name["unfused"][column] for column in ("registers", "spills", "shared")] == ["90", "2", "1024"]
     assert by_name["PyTorch, unfused"]["registers"] == by_name["vectorised"]["us"] == "-"
     assert "4,16,4096,64" in shown.title and any("500 TFLOP/s" in note for note in shown.notes)
+    assert shown.notes[-1].endswith("made by Triton 3.9.0")
 
 
 def test_markdown_has_a_table_a_shape(make_ladder: Make) -> None:
     text = to_markdown(make_ladder())
     assert text.count("| step | us |") == 2 and "| scalar | 160 |" in text and text.endswith("\n")
+
+
+def test_what_a_step_brought_is_told_by_shape(make_ladder: Make) -> None:
+    ladder = make_ladder()
+    scalar = brought(ladder, "scalar")
+    assert [line.split(":")[0] for line in scalar] == [shape.label for shape in SHAPES]
+    assert scalar[0].endswith("0.25 times as fast as the step before; 0.50 times as fast as unfused PyTorch")
+    assert all("step before" not in line and "160" not in line for line in brought(ladder, "unfused"))
+    assert "not finite" in brought(ladder, "vectorised")[1] and brought(ladder, "hopper")[0].endswith(": not in this run")
+    assert brought(make_ladder(shapes=[]), "scalar") == ["no shape was timed"]
 
 
 def test_an_artifact_is_read_back_and_another_is_refused(make_ladder: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from flashcore.bench import work
 from flashcore.bench.artifact import Artifact
 from flashcore.bench.shapes import parse_shape
 from flashcore.errors import ArgumentValueError, UnsupportedError
@@ -169,3 +170,13 @@ def test_the_legend_stands_beside_the_picture_and_within_it(name: str) -> None:
         if text.get_fontweight() != "bold"
     ]
     assert len(set(looks)) == len(looks) == len(labels) - 3
+
+
+def test_a_run_of_gradients_stands_by_the_work_of_gradients(artifact: Artifact) -> None:
+    settings = artifact.settings.model_copy(update={"direction": "bwd"})
+    forward, backward = of_artifact(artifact), of_artifact(artifact.model_copy(update={"settings": settings}))
+    for one, other in zip(forward.points, backward.points, strict=True):
+        assert other.tflops == pytest.approx(2.5 * one.tflops) and other.us == one.us
+        assert other.intensity == work.flops(other.shape, "bwd") / work.min_bytes(other.shape, "bwd")
+    shape = backward.shapes[0]
+    assert backward.bound(shape).us > forward.bound(shape).us

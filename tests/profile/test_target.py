@@ -10,6 +10,7 @@ import torch
 from flashcore.bench.shapes import parse_shape
 from flashcore.errors import ArgumentValueError, ProfilerError, UnsupportedError
 from flashcore.kernels.registry import BINDINGS
+from flashcore.ladder.steps import STEPS
 from flashcore.plan import IMPLS
 from flashcore.profile import target
 from flashcore.profile.subjects import CONTENDERS, contender_name, subject
@@ -90,13 +91,30 @@ def test_the_profilers_range_holds_all_that_was_launched_and_is_always_closed(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("impl", ["auto", "portable", "torch"])
+@pytest.mark.parametrize("impl", ["auto", "portable", "torch", "tuned_tiles"])
 def test_on_a_gpu_the_call_is_made(impl: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert target.main([impl, "--shape", "mission", "--causal"]) == 0, capsys.readouterr().err
+    causal = [] if impl in {step.name for step in STEPS} else ["--causal"]
+    assert target.main([impl, "--shape", "mission", *causal]) == 0, capsys.readouterr().err
 
 
 def test_every_implementation_can_be_profiled_by_the_name_that_impl_takes() -> None:
-    assert set(CONTENDERS) == set(IMPLS) and {f"flashcore-{impl}" for impl in BINDINGS} <= set(CONTENDERS.values())
-    assert all(subject(impl).name == contender_name(impl) for impl in IMPLS)
+    assert set(IMPLS) <= set(CONTENDERS) and {f"flashcore-{impl}" for impl in BINDINGS} <= set(CONTENDERS.values())
+    assert all(subject(impl).name == contender_name(impl) for impl in CONTENDERS)
     with pytest.raises(ArgumentValueError, match="impl: 'flash' is unknown; allowed: auto, small, hopper, portable, torch"):
         subject("flash")
+
+
+def test_a_step_of_the_ladder_says_what_it_does_not_take() -> None:
+    step = subject("tensor_core_pv")
+    for given, words in (
+        (replace(TINY, causal=True), "neither causal nor masked"),
+        (replace(TINY, head_dim=80, head_dim_v=80), "head_dim: got 80"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"ladder-tensor_core_pv: .*{words}"):
+            target.call_once(step, given, torch.device("cpu"), 0, nullcontext)
+
+
+def test_every_step_of_the_ladder_can_be_profiled_by_its_name() -> None:
+    assert {step.name for step in STEPS} <= set(CONTENDERS)
+    assert subject("tensor_core_pv").name == "ladder-tensor_core_pv"
+    assert subject("hopper").name == "flashcore-hopper", "a step that is an implementation is profiled as that"

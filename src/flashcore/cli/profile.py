@@ -31,7 +31,11 @@ def register(app: typer.Typer) -> None:
 
 def profile(
     impl: Annotated[
-        str | None, typer.Argument(help="auto (default), small, hopper, portable or torch (which bench calls sdpa-auto).")
+        str | None,
+        typer.Argument(
+            metavar="[STEP|IMPL]",
+            help="auto (default), small, hopper, portable, torch (which bench calls sdpa-auto), or a step of the ladder.",
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -48,7 +52,7 @@ def profile(
     paper: Annotated[str | None, typer.Option(help="l4: the datasheet's bounds, no measurement.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the plot (PNG) and the records (JSON).")] = None,
 ) -> None:
-    """Profile a call under Nsight Compute, and place it under the roofline of this machine.
+    """Profile a call or a step of the ladder under Nsight Compute, and place it under the roofline of this machine.
 
     Without ncu the call is timed alone; without a GPU its recorded time is taken from the evidence, and that is said.
     Exit code 2 for a bad argument, and where the profiler or the call failed.

@@ -24,18 +24,24 @@ DEFAULT_SM_COUNT = 108
 
 
 class KernelCode(BaseModel):
-    """One binary. `wide_loads` are loads of 128 bits from device memory into registers, `narrow_loads` all others."""
+    """One binary, and the Triton that made it.
+
+    wide_loads: loads of 128 bits from device memory into registers; narrow_loads: all others. arriving_copies: where a thread
+    has its copies arrive at a barrier (cp.async.mbarrier.arrive).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     specialisation: str
     arch: str
     sha256: str
+    triton: str
     registers: int
     spills: int
     shared: int
     matrix: dict[str, int]
     async_copies: int
+    arriving_copies: int
     wide_loads: int
     narrow_loads: int
 
@@ -43,16 +49,19 @@ class KernelCode(BaseModel):
 def read_code(binary: Binary) -> KernelCode:
     """Disassemble and count. Raises CompileError where a tool is missing or not understood."""
     code = read_machine_code(binary)
-    loads = Counter(".128" in found for found in re.findall(r"\sLDG(\.[\w.]+)", disassemble(binary)))
+    text = disassemble(binary)
+    loads = Counter(".128" in found for found in re.findall(r"\sLDG(\.[\w.]+)", text))
     return KernelCode(
         specialisation=binary.info.name,
         arch=binary.info.arch,
         sha256=binary.info.sha256,
+        triton=binary.info.triton,
         registers=code.registers,
         spills=code.spills,
         shared=code.shared,
         matrix=code.matrix,
         async_copies=code.async_copies,
+        arriving_copies=len(re.findall(r"\sARRIVES\.LDGSTSBAR", text)),
         wide_loads=loads[True],
         narrow_loads=loads[False],
     )
@@ -103,5 +112,9 @@ def violations(step: Step, codes: Sequence[KernelCode]) -> list[str]:
             broken.append(f"128-bit loads: {loads} of them, meant {meant.vector_loads}")
         if bool(code.async_copies) != meant.async_copies:
             broken.append(f"async copies: {code.async_copies}, meant {'some' if meant.async_copies else 'none'}")
+        if bool(code.arriving_copies) != meant.arriving_copies:
+            broken.append(
+                f"copies that arrive at a barrier: {code.arriving_copies}, meant {'some' if meant.arriving_copies else 'none'}"
+            )
         found += [f"{code.specialisation} for {code.arch}: {words}" for words in broken]
     return found

@@ -10,8 +10,9 @@ past the end score -inf. The maximum is finite all the same, because every tile 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import triton
 import triton.language as tl
@@ -109,20 +110,26 @@ def launch(
 
 
 def fused(
-    step: str, function: str, problem: Problem, tile: Tile, *, divisor: int = VECTOR_BYTES, num_stages: int = 1
+    step: str,
+    function: str,
+    problem: Problem,
+    tile: Tile,
+    *,
+    divisor: int = VECTOR_BYTES,
+    num_stages: int = 1,
+    constants: Mapping[str, int] = MappingProxyType({}),
 ) -> Program:
     """The one launch of a fused kernel (q, k, v, o, the lengths, the scale), a program for each tile of queries of each head.
 
-    `divisor`: of the tensors' addresses, as the compiler is told.
+    `divisor`: of the tensors' addresses, as the compiler is told. `constants`: those that the kernel has beside the tile's.
     """
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HEAD_DIM": problem.head_dim}
     one = launch(
         step,
         function,
         [Parameter(f"{tensor}_ptr", "*fp16", divisor) for tensor in "qkvo"],
         problem,
         tile,
-        constants=constants,
+        constants={"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HEAD_DIM": problem.head_dim, **constants},
         numbers=(
             ("seqlen_q", "i32", problem.seqlen_q),
             ("seqlen_k", "i32", problem.seqlen_k),

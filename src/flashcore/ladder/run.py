@@ -12,7 +12,7 @@ import flashcore
 from flashcore.bench.contender import Attention, Contender
 from flashcore.bench.contenders import contenders
 from flashcore.bench.inputs import Inputs
-from flashcore.errors import UnsupportedError
+from flashcore.errors import FlashCoreError, UnsupportedError
 from flashcore.kernels.arguments import TENSORS
 from flashcore.ladder.problem import Problem
 from flashcore.ladder.steps import Step
@@ -116,12 +116,25 @@ def contender(step: Step) -> Contender:
     """The step as something to time, under its contender name."""
     if step.impl is not None:
         return replace(contenders()[f"flashcore-{step.impl}"], name=contender_name(step.name))
-    return Contender(contender_name(step.name), "ours", partial(_prepare_contender, step))
+    return Contender(contender_name(step.name), "ours", partial(_prepare_contender, step), partial(_refusal, step))
 
 
 def contender_name(step: str) -> str:
     """A step's name among the contenders, where PyTorch has an `unfused` too."""
     return f"ladder-{step}"
+
+
+def _refusal(step: Step, inputs: Inputs) -> str | None:
+    """Why a step does not take a shape of the benchmark: its kernels have no other features to be asked for."""
+    shape = inputs.shape
+    if shape.causal or shape.mask != "none":
+        return "the ladder's steps are for plain attention, neither causal nor masked"
+    try:
+        problem = Problem.of(inputs.q, inputs.k, inputs.v, shape.scale)
+    except FlashCoreError as error:
+        return str(error)
+    target = Target.of(inputs.q.device)
+    return step.refusal(problem, target.arch, target.interpreted)
 
 
 def _prepare_contender(step: Step, inputs: Inputs) -> Attention:

@@ -9,6 +9,8 @@ What it should bring. The workspace and its traffic are gone: memory holds q, k,
 that all the arithmetic is done here in the plainest way, which makes this step the floor that the next ones climb from: each
 key is met by products and sums on the CUDA cores, and each load fetches two bytes, because the compiler is told nothing of
 where the tensors begin. An instruction to load for each instruction to multiply: the multiplier waits.
+
+What it brought is in docs/ladder.md, made from the recorded run.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashcore.kernels.view import view_output, view_scores, view_statistics, view_weights
 from flashcore.ladder.harness import Program, Tile, fused, load_rows, online_softmax, store_rows, tile_of_program
 from flashcore.ladder.problem import Problem
 
@@ -27,7 +30,7 @@ DIVISOR = 2
 @triton.jit
 def scalar(
     q_ptr, k_ptr, v_ptr, o_ptr, seqlen_q, seqlen_k, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """o for BLOCK_M queries of one head, key by key."""
     tl.static_assert(BLOCK_N == 1)
@@ -42,15 +45,19 @@ def scalar(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for _ in range(0, seqlen_k):
+    for key in range(0, seqlen_k):
         k = tl.load(k_row)
         v = tl.load(v_row)
         # [BLOCK_M, 1]
         s = tl.sum(q * k.to(tl.float32), 1, keep_dims=True)
+        view_scores(view_ptr, head * seqlen_q, rows, seqlen_q, key, seqlen_k, s)
         p, alpha, m_i, l_i = online_softmax(s, m_i, l_i)
+        view_weights(view_ptr, head * seqlen_q, rows, seqlen_q, key, seqlen_k, p, m_i)
         acc = acc * alpha[:, None] + p * v.to(tl.float32)
         k_row += HEAD_DIM
         v_row += HEAD_DIM
+    view_statistics(view_ptr, head * seqlen_q, rows, seqlen_q, seqlen_k, m_i, l_i)
+    view_output(view_ptr, head * seqlen_q, rows, seqlen_q, seqlen_k, acc)
     store_rows(o_ptr + head * seqlen_q * HEAD_DIM, rows, seqlen_q, acc / l_i[:, None], HEAD_DIM)
 
 

@@ -24,24 +24,28 @@ Loads = Literal["all", "some", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Meant:
-    """What one launch's machine code must show: matrix instructions, which of its loads take 128 bits, cp.async."""
+    """What one launch's machine code must show: matrix instructions, which of its loads take 128 bits, cp.async, and copies
+    that arrive at a barrier by themselves."""
 
     matrix: bool = True
     vector_loads: Loads = "all"
     async_copies: bool = False
+    arriving_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. `impl` names the production kernel that the last steps are; the others have a file of their name.
 
-    `meant` has an entry for each launch; what a production kernel must show is its binding's to say.
+    `meant` has an entry for each launch; what a production kernel must show is its binding's to say. `gluon`: written in Gluon,
+    which Triton's interpreter does not run and one release of Triton imports: its launch is in a file of its own.
     """
 
     name: str
     idea: str
     meant: tuple[Meant, ...] = (Meant(),)
     impl: str | None = None
+    gluon: bool = False
 
     @property
     def archs(self) -> tuple[str, ...]:
@@ -56,7 +60,8 @@ class Step:
     def program(self, problem: Problem, arch: str, sm_count: int) -> Program:
         """The launches of a step that has a file of its own. Imports Triton."""
         assert self.impl is None
-        found: Program = importlib.import_module(f"flashcore.ladder.{self.name}").program(problem, arch, sm_count)
+        module = importlib.import_module(f"flashcore.ladder.{self.name}{'_launch' if self.gluon else ''}")
+        found: Program = module.program(problem, arch, sm_count)
         return found
 
     def specialisations(self, problem: Problem, arch: str, sm_count: int) -> tuple[Specialisation, ...]:
@@ -70,7 +75,9 @@ class Step:
         if self.impl is not None:
             return BINDINGS[self.impl].reject(_spec(problem), arch, interpreted)
         if arch is None and not interpreted:
-            return "needs a GPU of sm_80 or later, or TRITON_INTERPRET=1 on a CPU"
+            return "needs a GPU of sm_80 or later" + ("" if self.gluon else ", or TRITON_INTERPRET=1 on a CPU")
+        if interpreted and self.gluon:
+            return "needs a GPU of sm_80 or later; got the interpreter, which does not run Gluon"
         return None
 
 
@@ -95,6 +102,12 @@ STEPS = (
     Step("tensor_core_pv", "both products on the matrix units"),
     Step("tuned_tiles", "tiles to fit the machine"),
     Step("async_copies", "cp.async: the next tile comes while this one is worked on", (Meant(async_copies=True),)),
+    Step(
+        "warp_specialised",
+        "a warp that only copies, warps that only compute, and barriers between them",
+        (Meant(async_copies=True, arriving_copies=True),),
+        gluon=True,
+    ),
     Step("hopper", "TMA, wgmma, warps with tasks of their own: the production kernel", impl="hopper"),
     Step("small", "a cluster shares the keys of a tile: the production kernel for short sequences", impl="small"),
 )

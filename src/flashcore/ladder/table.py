@@ -1,4 +1,4 @@
-"""The table of a run: for each shape a row a step, and the same rows as Markdown."""
+"""The table of a run: for each shape a row a step, the same rows as Markdown, and what one step brought in words."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Row:
 
 def rows(artifact: LadderArtifact, shape: TimedShape) -> list[Row]:
     """Unfused PyTorch, then every step in order, those not timed with the reason."""
-    baseline = _series(shape.find(BASELINE))
+    baseline = series_of(shape.find(BASELINE))
     found = [_row(shape, shape.find(BASELINE), "PyTorch, unfused", None, baseline, ())]
     before: SeriesRecord | None = None
     for step in artifact.steps:
         record = shape.find(contender_name(step))
         found.append(_row(shape, record, step, before, baseline, tuple(shape.code.get(step, ()))))
-        before = _series(record) or before
+        before = series_of(record) or before
     return found
 
 
@@ -62,7 +62,7 @@ def _row(
     baseline: SeriesRecord | None,
     code: tuple[KernelCode, ...],
 ) -> Row:
-    series = _series(record)
+    series = series_of(record)
     if record is None or series is None:
         return Row(
             name, None, None, None, None, None, code, "not run" if record is None else f"{record.status}: {record.reason}"
@@ -82,7 +82,8 @@ def _row(
     )
 
 
-def _series(record: ContenderRecord | None) -> SeriesRecord | None:
+def series_of(record: ContenderRecord | None) -> SeriesRecord | None:
+    """What was timed of a contender, if it was."""
     return None if record is None else record.find("device_warm")
 
 
@@ -103,7 +104,9 @@ def view(artifact: LadderArtifact, shape: TimedShape) -> View:
             f"{found.device_name}, {found.time_utc:%Y-%m-%d}; median of {shape.bench.settings.iters} CUDA-graph replays, "
             "interleaved; L2 warm",
             f"the ceiling: {figure(peaks.matrix_tflops[one.dtype])} TFLOP/s, by a product of {size} x {size} in this run",
-            "registers and shared memory: the most of a step's kernels",
+            "x the step before: how many times as fast as the last step above that was timed; below 1 is slower",
+            "registers and shared memory (bytes): the most of a step's kernels; made by Triton "
+            f"{', '.join(sorted({code.triton for codes in shape.code.values() for code in codes})) or EMPTY}",
         ),
     )
 
@@ -135,3 +138,21 @@ def code_cells(code: tuple[KernelCode, ...]) -> tuple[str, str, str]:
 def to_markdown(artifact: LadderArtifact) -> str:
     """Every table of the artifact as GitHub Markdown; ends with a newline."""
     return "\n".join(view_to_markdown(view(artifact, shape)) for shape in artifact.shapes)
+
+
+def brought(artifact: LadderArtifact, step: str) -> list[str]:
+    """What a step came to, a sentence a shape; says so where the run has none of it."""
+    sentences = []
+    for shape in artifact.shapes:
+        row = next((row for row in rows(artifact, shape)[1:] if row.name == step), None)
+        label = shape.bench.shapes[0].shape.label
+        sentences.append(f"{label}: {'not in this run' if row is None else _words(row)}")
+    return sentences or ["no shape was timed"]
+
+
+def _words(row: Row) -> str:
+    if row.us is None or row.share is None:
+        return row.verdict
+    words = f"{figure(row.us)} us, {100 * row.share:.1f} % of the ceiling"
+    words += "" if row.before is None else f"; {row.before:.2f} times as fast as the step before"
+    return words + ("" if row.baseline is None else f"; {row.baseline:.2f} times as fast as unfused PyTorch")

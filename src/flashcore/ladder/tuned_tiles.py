@@ -10,6 +10,8 @@ tiles are a table: for few queries those that keep to 128 registers a thread, fo
 They were found by compiling. A sweep on a GPU may put others in their place.
 
 The kernel is tensor_core_pv.py's, to the letter.
+
+What it brought is in docs/ladder.md, made from the recorded run.
 """
 
 from __future__ import annotations

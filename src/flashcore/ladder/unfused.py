@@ -7,6 +7,8 @@ What it brings. A right answer, and the cost that every later step is measured a
 where q, k, v and o have S x D. They pass through memory five times in float32 (written, read twice by the softmax, written
 back, read again), so for long sequences memory traffic should set the time while the matrix units wait, and the workspace
 grows with the square of the length.
+
+What it brought is in docs/ladder.md, made from the recorded run.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 
 from flashcore.kernels.specialisation import Parameter
+from flashcore.kernels.view import view_output, view_scores, view_statistics, view_weights
 from flashcore.ladder.harness import LOG2_E, VECTOR_BYTES, Launch, Program, Tile, launch, load_rows, store_rows, tile_of_program
 from flashcore.ladder.problem import Problem
 
@@ -27,7 +30,7 @@ SOFTMAX_BLOCK = 1024
 @triton.jit
 def unfused_scores(
     q_ptr, k_ptr, workspace_ptr, seqlen_q, seqlen_k, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """S = scale * q k^T for BLOCK_M queries of one head, into the workspace (B, H, Sq, Sk)."""
     m0, head = tile_of_program(seqlen_q, BLOCK_M)
@@ -41,13 +44,15 @@ def unfused_scores(
         k = load_rows(k_ptr + head * seqlen_k * HEAD_DIM, keys, seqlen_k, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k)) * scale
+        view_scores(view_ptr, head * seqlen_q, rows, seqlen_q, n0, seqlen_k, s)
         tl.store(s_base + s_rows[:, None] + keys[None, :], s, mask=(rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :])
 
 
 @triton.jit
-def unfused_softmax(workspace_ptr, seqlen_k, BLOCK_N: tl.constexpr):
+def unfused_softmax(workspace_ptr, seqlen_k, BLOCK_N: tl.constexpr, view_ptr=None):
     """P = softmax(S) of one row, in place: once along it for the maximum and the sum, once more to divide."""
     row = workspace_ptr + tl.program_id(0).to(tl.int64) * seqlen_k
+    one = tl.arange(0, 1)
     m_i = float("-inf")
     l_i = 0.0
     for n0 in range(0, seqlen_k, BLOCK_N):
@@ -59,13 +64,16 @@ def unfused_softmax(workspace_ptr, seqlen_k, BLOCK_N: tl.constexpr):
     for n0 in range(0, seqlen_k, BLOCK_N):
         keys = n0 + tl.arange(0, BLOCK_N)
         s = tl.load(row + keys, mask=keys < seqlen_k, other=float("-inf"))
-        tl.store(row + keys, tl.exp2(s - m_i) / l_i, mask=keys < seqlen_k)
+        p = tl.exp2(s - m_i) / l_i
+        view_weights(view_ptr, tl.program_id(0), one, 1, n0, seqlen_k, p[None, :], m_i + one)
+        tl.store(row + keys, p, mask=keys < seqlen_k)
+    view_statistics(view_ptr, tl.program_id(0), one, 1, seqlen_k, m_i + one, l_i + one)
 
 
 @triton.jit
 def unfused_output(
     workspace_ptr, v_ptr, o_ptr, seqlen_q, seqlen_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, view_ptr=None,
 ):  # fmt: skip
     """O = P v for BLOCK_M queries of one head."""
     m0, head = tile_of_program(seqlen_q, BLOCK_M)
@@ -79,6 +87,7 @@ def unfused_output(
         p = tl.load(p_base + p_rows[:, None] + keys[None, :], mask=inside, other=0.0)
         v = load_rows(v_ptr + head * seqlen_k * HEAD_DIM, keys, seqlen_k, HEAD_DIM)
         acc = tl.dot(p.to(v.dtype), v, acc)
+    view_output(view_ptr, head * seqlen_q, rows, seqlen_q, seqlen_k, acc)
     store_rows(o_ptr + head * seqlen_q * HEAD_DIM, rows, seqlen_q, acc, HEAD_DIM)
 
 

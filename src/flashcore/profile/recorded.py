@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from flashcore.bench.artifact import Artifact
 from flashcore.bench.shapes import Shape
 from flashcore.errors import UnsupportedError
 from flashcore.evidence.build import artifacts, folders
+from flashcore.ladder import artifact as ladder
 
 SHOWN = 12
+LADDER = "ladder.json"
 
 
 def find(contender: str, shapes: Collection[Shape]) -> Artifact:
-    """The latest recorded run that timed a contender on all of these shapes.
+    """The latest recorded run that timed a contender's calls, not their gradients, on all of these shapes.
 
     Raises:
         UnsupportedError: there is none; names shapes that were recorded.
     """
-    runs = [artifact for folder in folders() for artifact in artifacts(folder)]
+    every = (run for folder in folders() for run in (*artifacts(folder), *_ladder(folder)))
+    runs = [run for run in every if run.settings.direction == "fwd"]
     fitting = [run for run in runs if set(shapes) <= set(_timed(run, contender))]
     if not fitting:
         known = list(dict.fromkeys(shape.label for run in runs for shape in _timed(run, contender)))
@@ -28,6 +32,12 @@ def find(contender: str, shapes: Collection[Shape]) -> Artifact:
             f"recorded are {'; '.join(known[:SHOWN]) or 'no shapes'}{more}"
         )
     return max(fitting, key=lambda run: run.environment.time_utc)
+
+
+def _ladder(folder: Path) -> list[Artifact]:
+    """What the ladder's record of a GPU timed, a run a shape; none where there is no such record."""
+    path = folder / LADDER
+    return [shape.bench for shape in ladder.load(path).shapes] if path.exists() else []
 
 
 def _timed(run: Artifact, contender: str) -> list[Shape]:

@@ -14,6 +14,7 @@ from flashcore.bench import work
 from flashcore.bench.artifact import Artifact
 from flashcore.bench.shapes import Shape
 from flashcore.bench.view import measured_where
+from flashcore.bench.work import Direction
 from flashcore.errors import ArgumentValueError, UnsupportedError
 from flashcore.profile.records import ProfileRecord
 from flashcore.profile.subjects import contender_name
@@ -27,11 +28,11 @@ class Ceilings:
     tbytes: float
     source: str
 
-    def bound(self, shape: Shape) -> work.Bound:
+    def bound(self, shape: Shape, direction: Direction = "fwd") -> work.Bound:
         """The shortest time these ceilings allow for a shape. Raises ArgumentValueError for a dtype they do not have."""
         if shape.dtype not in self.tflops:
             raise ArgumentValueError(f"dtype: {shape.dtype} has no ceiling ({self.source}); allowed: {', '.join(self.tflops)}")
-        return work.roofline(shape, peak_tflops=self.tflops[shape.dtype], peak_tbytes=self.tbytes)
+        return work.roofline(shape, peak_tflops=self.tflops[shape.dtype], peak_tbytes=self.tbytes, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,32 @@ class Point:
     name: str
     shape: Shape
     us: float
+    direction: Direction = "fwd"
 
     @property
     def intensity(self) -> float:
         """Operations for each byte that must move."""
-        return intensity(self.shape)
+        return intensity(self.shape, self.direction)
 
     @property
     def tflops(self) -> float:
-        return work.tflops(self.shape, self.us)
+        return work.tflops(self.shape, self.us, self.direction)
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What is drawn and printed. `on_paper`: nothing of it was measured, and its points are bounds."""
+    """What is drawn and printed. `on_paper`: nothing of it was measured, its points are bounds. direction: of all points."""
 
     title: str
     ceilings: Ceilings
     points: tuple[Point, ...]
     notes: tuple[str, ...] = ()
     on_paper: bool = False
+    direction: Direction = "fwd"
+
+    def bound(self, shape: Shape) -> work.Bound:
+        """The shortest time that the ceilings allow for a shape."""
+        return self.ceilings.bound(shape, self.direction)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -69,7 +76,7 @@ class Roofline:
 
     def share(self, point: Point) -> float:
         """How much of the roof a point attains: 1 is the bound."""
-        return self.ceilings.bound(point.shape).us / point.us
+        return self.bound(point.shape).us / point.us
 
 
 # From NVIDIA's datasheets: dense rates (half of what is given with sparsity) in TFLOP/s, and TB/s.
@@ -78,9 +85,9 @@ DATASHEETS = {
 }
 
 
-def intensity(shape: Shape) -> float:
+def intensity(shape: Shape, direction: Direction) -> float:
     """Operations for each byte that must move."""
-    return work.flops(shape) / work.min_bytes(shape)
+    return work.flops(shape, direction) / work.min_bytes(shape, direction)
 
 
 def of_artifact(
@@ -93,9 +100,9 @@ def of_artifact(
     Raises:
         UnsupportedError: nothing of that was timed.
     """
-    mode = artifact.leading_mode
+    mode, direction = artifact.leading_mode, artifact.settings.direction
     points = tuple(
-        Point(timed.name, record.shape, series.stats.p50)
+        Point(timed.name, record.shape, series.stats.p50, direction)
         for record in artifact.shapes
         if not shapes or record.shape in shapes
         for timed in record.contenders
@@ -115,6 +122,7 @@ def of_artifact(
         ceilings=Ceilings(artifact.peaks.matrix_tflops, artifact.peaks.copy_tbytes, f"measured in the same run on {where}"),
         points=points,
         notes=(f"time: {mode} p50 of the run `{command}`",),
+        direction=direction,
     )
 
 

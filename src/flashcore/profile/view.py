@@ -42,7 +42,7 @@ def roofline_view(roofline: Roofline) -> View:
 def _long(roofline: Roofline) -> tuple[list[str], list[list[str]]]:
     rows = []
     for point in sorted(roofline.points, key=lambda point: (roofline.shapes.index(point.shape), point.us)):
-        bound = roofline.ceilings.bound(point.shape)
+        bound = roofline.bound(point.shape)
         row = [point.name, point.shape.label, figure(point.intensity), f"{figure(bound.us)} ({bound.limit})"]
         if not roofline.on_paper:
             row += [figure(point.us), figure(point.tflops), _percent(roofline.share(point))]
@@ -58,8 +58,8 @@ def _wide(roofline: Roofline) -> tuple[list[str], list[list[str]]]:
     }
     rows = []
     for shape in roofline.shapes:
-        bound = roofline.ceilings.bound(shape)
-        row = [shape.label, figure(intensity(shape)), f"{figure(bound.us)} ({bound.limit})"]
+        bound = roofline.bound(shape)
+        row = [shape.label, figure(intensity(shape, roofline.direction)), f"{figure(bound.us)} ({bound.limit})"]
         rows.append(row + [cells.get((shape, name), EMPTY) for name in names])
     return ["shape", "FLOP/byte", "bound us (set by)", *(f"{name}: TFLOP/s (% of roof)" for name in names)], rows
 
