@@ -185,9 +185,9 @@ def test_arguments_are_the_kernels_in_its_order(make_spec) -> None:
     mask = torch.ones(2, 1, 30, 50)
     spec = make_spec(2, 6, 3, 30, 50, 72, 40, mask=mask, **options)
     specialisation = binding.specialise_call(spec, "sm_90a", 132)
-    assert [p.name for p in specialisation.parameters] == parameters
+    assert [p.name for p in specialisation.recording().parameters] == parameters
     assert sorted(name for name, _ in specialisation.constants) == sorted(constants)
-    values = dict(zip(parameters, binding.arguments(spec, specialisation), strict=True))
+    values = dict(zip(parameters[:-1], binding.arguments(spec, specialisation), strict=True))
     assert values == {
         "q_ptr": Pointer("q"), "k_ptr": Pointer("k"), "v_ptr": Pointer("v"),
         "mask_ptr": Pointer("mask"), "o_ptr": Pointer("o"), "lse_ptr": Pointer("lse"),
@@ -247,7 +247,9 @@ def test_the_grid_covers_every_row_once(make_spec) -> None:
 
 def test_hashes_are_of_the_sources_and_change_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = kernel_hashes()
-    assert set(hashes) == set(KERNELS) and len(set(hashes.values())) == len(hashes)
+    assert set(hashes) == set(KERNELS)
+    # those of a backward pass that live in one file share one
+    assert len(set(hashes.values())) == len({kernel.sources for kernel in KERNELS.values()})
     from flashcore import sources
 
     source = KERNELS["empty"].sources[0]

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from flashcore.kernels.backward_binding import BackwardBinding
 from flashcore.kernels.binding import Binding
+from flashcore.kernels.hopper import backward_binding as hopper_backward
+from flashcore.kernels.hopper import backward_dq_launch as hopper_dq
+from flashcore.kernels.hopper import backward_main as hopper_main
 from flashcore.kernels.hopper import binding as hopper
+from flashcore.kernels.portable import backward_binding as portable_backward
 from flashcore.kernels.portable import binding as portable
 from flashcore.kernels.small import binding as small
 from flashcore.kernels.specialisation import Specialisation
@@ -21,7 +25,7 @@ EMPTY = Specialisation(kernel="empty", name="empty", parameters=(), constants=()
 _IN_ORDER: tuple[Binding, ...] = (small, hopper, portable)
 BINDINGS = {binding.IMPL: binding for binding in _IN_ORDER}
 # What computes gradients, by the same names and in the same order.
-_BACKWARDS_IN_ORDER: tuple[BackwardBinding, ...] = ()
+_BACKWARDS_IN_ORDER: tuple[BackwardBinding, ...] = (hopper_backward, portable_backward)
 BACKWARDS = {binding.IMPL: binding for binding in _BACKWARDS_IN_ORDER}
 
 
@@ -75,6 +79,27 @@ KERNELS = {
             ("kernels/portable/forward.py", "kernels/view.py"),
             portable,
         ),
+        *(
+            Kernel(
+                f"portable_backward_{function}",
+                f"flashcore.kernels.portable.{file}",
+                f"portable_backward_{function}",
+                (
+                    *(f"kernels/portable/{name}.py" for name in (file, "backward_tile", "forward")),
+                    "kernels/view.py",
+                ),
+                portable_backward,
+                on_demand=on_demand,
+            )
+            for file, function, on_demand in (
+                ("backward_rows", "delta", False),
+                ("backward_rows", "rest", True),
+                ("backward", "dkdv", False),
+                ("backward", "dq", False),
+                ("backward_mask", "dmask", True),
+                ("backward_mask", "dmask_rows", True),
+            )
+        ),
         Kernel(
             hopper.KERNEL,
             "flashcore.kernels.hopper.forward",
@@ -94,17 +119,48 @@ KERNELS = {
                     "shared",
                     "softmax",
                     "tiles",
+                    "view",
                 )
             ),
             hopper,
             triton="3.9.0",
         ),
         Kernel(
+            hopper_backward.PREPARE,
+            "flashcore.kernels.hopper.backward_prepare",
+            "hopper_backward_prepare",
+            ("kernels/hopper/backward_prepare.py",),
+            hopper_backward,
+        ),
+        Kernel(
+            hopper_main.KERNEL,
+            "flashcore.kernels.hopper.backward",
+            "hopper_backward",
+            hopper_main.SOURCES,
+            hopper_backward,
+            triton="3.9.0",
+        ),
+        Kernel(
+            hopper_dq.KERNEL,
+            "flashcore.kernels.hopper.backward_dq",
+            "hopper_backward_dq",
+            hopper_dq.SOURCES,
+            hopper_backward,
+            triton="3.9.0",
+        ),
+        Kernel(
+            hopper_backward.FINISH,
+            "flashcore.kernels.hopper.backward_finish",
+            "hopper_backward_finish",
+            ("kernels/hopper/backward_finish.py",),
+            hopper_backward,
+        ),
+        Kernel(
             small.KERNEL,
             "flashcore.kernels.small.forward",
             "small_forward",
             (
-                *(f"kernels/hopper/{name}.py" for name in ("gluon_api", "launches", "layouts", "mask", "softmax")),
+                *(f"kernels/hopper/{name}.py" for name in ("gluon_api", "launches", "layouts", "mask", "softmax", "view")),
                 *(f"kernels/small/{name}.py" for name in ("cluster", "forward", "layouts", "peers")),
             ),
             small,
@@ -118,22 +174,33 @@ KERNELS = {
 LADDER = {
     kernel.id: kernel
     for kernel in (
+        *(
+            Kernel(
+                f"ladder_{function}",
+                f"flashcore.ladder.{file}",
+                function,
+                (f"ladder/{file}.py", "ladder/harness.py", "kernels/view.py"),
+                None,
+                on_demand=True,
+            )
+            for file, function in (
+                ("unfused", "unfused_scores"),
+                ("unfused", "unfused_softmax"),
+                ("unfused", "unfused_output"),
+                ("scalar", "scalar"),
+                ("tensor_core_qk", "tensor_core_qk"),
+                ("tensor_core_pv", "tensor_core_pv"),
+            )
+        ),
         Kernel(
-            f"ladder_{function}",
-            f"flashcore.ladder.{file}",
-            function,
-            (f"ladder/{file}.py", "ladder/harness.py", "kernels/view.py"),
+            "ladder_warp_specialised",
+            "flashcore.ladder.warp_specialised",
+            "warp_specialised",
+            ("ladder/warp_specialised.py", "ladder/harness.py", "kernels/hopper/gluon_api.py", "kernels/hopper/view.py"),
             None,
+            triton="3.9.0",
             on_demand=True,
-        )
-        for file, function in (
-            ("unfused", "unfused_scores"),
-            ("unfused", "unfused_softmax"),
-            ("unfused", "unfused_output"),
-            ("scalar", "scalar"),
-            ("tensor_core_qk", "tensor_core_qk"),
-            ("tensor_core_pv", "tensor_core_pv"),
-        )
+        ),
     )
 }
 

@@ -176,7 +176,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
         # limits that exclude nothing, where there are none
         -spec.seqlen_q if spec.band.lo is None else max(-spec.seqlen_q, spec.band.lo - first),
         spec.seqlen_k if spec.band.hi is None else min(spec.seqlen_k, spec.band.hi - first),
-        _group_heads(spec),
+        group_heads(spec),
         (spec.softcap if capped else spec.scale) * log2_e,
         # beyond float32 the cap is reached by any score but 0, as by this
         min(2 * log2_e * spec.scale / spec.softcap, MAX_FACTOR) if capped else 0.0,
@@ -184,7 +184,7 @@ def arguments(spec: AttentionSpec, specialisation: Specialisation) -> tuple[Argu
     )
 
 
-def _group_heads(spec: AttentionSpec) -> int:
+def group_heads(spec: AttentionSpec) -> int:
     """Query heads whose tiles are taken together: whole groups of those that share keys and values."""
     heads_per_kv = spec.heads_q // spec.heads_k
     if spec.band.hi is None:

@@ -18,8 +18,6 @@ def refused(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | N
         return f"takes float16 and bfloat16; got {str(spec.dtype).removeprefix('torch.')}"
     if spec.mask is not None:
         return "takes no mask"
-    if spec.needs_grad:
-        return "has no backward pass yet, and a gradient is needed"
     if not spec.scale > 0:
         return f"needs a scale > 0; got {spec.scale}"
     if not (spec.contiguous_last and spec.aligned):

@@ -106,8 +106,6 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
         return f"needs an NVIDIA GPU of sm_80 to sm_121, or TRITON_INTERPRET=1 on a CPU; got device {spec.device}"
     if not spec.contiguous_last:
         return "needs stride 1 in the last dimension of q, k and v; call .contiguous() first"
-    if spec.needs_grad:
-        return "has no backward pass yet, and a gradient is needed"
     return None
 
 

@@ -66,10 +66,6 @@ FORMS = {
 }
 
 
-# Forms that no recorded verification has reached yet: compiled on demand until one has, and not shipped.
-UNVERIFIED = {32: (FORMS[32][0], FORMS[32][1], FORMS[32][3])}
-
-
 def padded_head_dim(head_dim: int) -> int:
     """The smallest of HEAD_DIMS that holds a call's.
 

@@ -1,0 +1,169 @@
+"""The Hopper backward pass: which launches it takes, and what binds them to their binaries. Needs no compiler.
+
+A `BackwardBinding`, as kernels/backward_binding.py describes it. Where dq is wanted with dk and dv, one kernel makes all three
+and sums dq by atomics, whose order no two runs share; `deterministic` has dq made by a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.backward_spec import BackwardSpec
+from flashcore.kernels.arguments import Pointer
+from flashcore.kernels.hopper import backward_dq_launch as dq
+from flashcore.kernels.hopper import backward_main as main
+from flashcore.kernels.hopper.backward_config import PREPARED_ELEMENTS
+from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
+from flashcore.kernels.program import Launch, Program, Workspace
+from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+
+IMPL = "hopper"
+PREPARE = "hopper_backward_prepare"
+FINISH = "hopper_backward_finish"
+KERNELS: tuple[str, ...] = (PREPARE, main.KERNEL, dq.KERNEL, FINISH)
+# Rows and columns of a tile of dq's sums in fragment order.
+FRAGMENT = 64
+MAX_PROGRAMS = 2**30
+# The log-sum-exp is divided by the scale, and the quotient must be a float32.
+MIN_SCALE = 1e-30
+
+
+def reject(spec: BackwardSpec, arch: str | None, interpreted: bool) -> str | None:
+    """Why it cannot run such a pass on a device, or None when it can."""
+    call = spec.call
+    refusal = refused(call, arch, interpreted)
+    if refusal is not None:
+        return refusal
+    if not spec.do_aligned:
+        return "needs strides and an address of the output's gradient that are multiples of 16 bytes (8 elements)"
+    if call.softcap != 0:
+        return "takes no softcap backwards"
+    if call.scale < MIN_SCALE:
+        return f"needs a scale of at least {MIN_SCALE:g} backwards; got {call.scale:g}"
+    widest = max(main.BLOCK_ROWS)
+    if max(call.head_dim, call.head_dim_v) > widest:
+        return f"takes head dims up to {widest} backwards; got {call.head_dim} and {call.head_dim_v}"
+    if main.padded_head_dim(call.head_dim) != main.padded_head_dim(call.head_dim_v):
+        built = " or ".join(map(str, sorted(main.BLOCK_ROWS)))
+        return f"takes head dims that are padded to the same of {built}; got {call.head_dim} and {call.head_dim_v}"
+    if call.seqlen_q == 0:
+        return "needs a query"
+    if call.batch * max(call.heads_q * call.seqlen_q, call.heads_k * call.seqlen_k) > FRAGMENT * (MAX_PROGRAMS - 1):
+        return f"takes at most {MAX_PROGRAMS} tiles of {FRAGMENT} rows"
+    return None
+
+
+def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
+    """The launches of a pass, and what memory they need. Bitwise reproducible where the spec asks for it."""
+    if not (spec.dq or spec.dkv):
+        return Program(())
+    fused = not reproducible(spec)
+    call = spec.call
+    heads, rows = call.batch * call.heads_q, main.padded_rows(call.seqlen_q)
+    launches = [_prepare(spec, zero_dq_sum=fused)]
+    workspaces = [Workspace("row_lse", (heads, rows), torch.float32), Workspace("delta", (heads, rows), torch.float32)]
+    if spec.dkv:
+        launches.append(main.launch(spec, fused=fused))
+    if fused:
+        launches.append(_finish(spec))
+        tiles = (heads, rows // FRAGMENT, main.padded_head_dim(call.head_dim) // FRAGMENT)
+        workspaces.append(Workspace("dq_sum", (*tiles, FRAGMENT * FRAGMENT), torch.float32))
+    elif spec.dq:
+        launches.append(dq.launch(spec))
+    return Program(tuple(launches), tuple(workspaces))
+
+
+def reproducible(spec: BackwardSpec) -> bool:
+    """Whether the program of a pass gives bitwise equal results run to run, asked for or not."""
+    return spec.deterministic or not (spec.dq and spec.dkv)
+
+
+def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:
+    """The matrix instruction that a binary must hold; None where it is meant to hold none."""
+    return None if specialisation.kernel in (PREPARE, FINISH) else "HGMMA"
+
+
+def shipped(arch: str) -> tuple[Specialisation, ...]:
+    """The specialisations, of all its kernels, that a wheel holds for an arch: all there are."""
+    if arch != ARCH:
+        return ()
+    forms = [(dtype, head_dim) for dtype in DTYPES for head_dim in sorted(main.BLOCK_ROWS)]
+    return (
+        *(_specialise_prepare(*form) for form in forms),
+        *(
+            main.specialise(main.MainFeatures(*form, banded, summed))
+            for form in forms
+            for banded in (False, True)
+            for summed in (False, True)
+        ),
+        *(dq.specialise(dq.DqFeatures(*form, banded)) for form in forms for banded in (False, True)),
+        *(_specialise_finish(*form) for form in forms),
+    )
+
+
+def _specialise_prepare(dtype: torch.dtype, head_dim: int) -> Specialisation:
+    element = TYPE_NAMES[dtype]
+    parameters = [Parameter("o_ptr", f"*{element}", 16), Parameter("do_ptr", f"*{element}", 16)]
+    parameters += [Parameter(f"{tensor}_ptr", "*fp32") for tensor in ("lse", "dlse")]
+    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
+    parameters += [Parameter(f"stride_{tensor}{dimension}", "i64", 8) for tensor in ("o", "do") for dimension in "bhs"]
+    parameters += [Parameter("heads_q", "i32"), Parameter("seqlen_q", "i32"), Parameter("padded_rows", "i32", FRAGMENT)]
+    parameters += [Parameter("head_dim_v", "i32", 8), Parameter("lse_factor", "fp32")]
+    parameters += [Parameter("has_dlse", "i32"), Parameter("zero_dq_sum", "i32")]
+    constants = (("BLOCK_DV", head_dim), ("COLUMNS", head_dim), ("ROWS", _prepared_rows(head_dim)))
+    return Specialisation(PREPARE, f"{PREPARE}-{element}-d{head_dim}", tuple(parameters), constants, num_warps=4, num_stages=1)
+
+
+def _prepared_rows(head_dim: int) -> int:
+    """Rows of a program of the prepare kernel."""
+    return PREPARED_ELEMENTS // head_dim
+
+
+def _prepare(spec: BackwardSpec, *, zero_dq_sum: bool) -> Launch:
+    call = spec.call
+    head_dim, rows = main.padded_head_dim(call.head_dim_v), main.padded_rows(call.seqlen_q)
+    return Launch(
+        _specialise_prepare(call.dtype, head_dim),
+        call.batch * call.heads_q * (rows // _prepared_rows(head_dim)),
+        (
+            *(Pointer(name) for name in ("o", "do", "lse", "dlse", "row_lse", "delta", "dq_sum")),
+            *call.o_strides,
+            *spec.do_strides,
+            call.heads_q,
+            call.seqlen_q,
+            rows,
+            call.head_dim_v,
+            -1 / call.scale,
+            int(spec.dlse),
+            int(zero_dq_sum),
+        ),
+    )
+
+
+def _specialise_finish(dtype: torch.dtype, head_dim: int) -> Specialisation:
+    element = TYPE_NAMES[dtype]
+    parameters = [Parameter("dq_sum_ptr", "*fp32", 16), Parameter("dq_ptr", f"*{element}", 16)]
+    parameters += [Parameter(f"stride_{dimension}", "i64", 8) for dimension in "bhs"]
+    parameters += [Parameter("heads_q", "i32"), Parameter("seqlen_q", "i32"), Parameter("padded_rows", "i32", FRAGMENT)]
+    parameters += [Parameter("head_dim", "i32", 8), Parameter("scale", "fp32")]
+    name = f"{FINISH}-{element}-d{head_dim}"
+    return Specialisation(FINISH, name, tuple(parameters), (("COLUMNS", head_dim),), num_warps=4, num_stages=1)
+
+
+def _finish(spec: BackwardSpec) -> Launch:
+    call = spec.call
+    rows = main.padded_rows(call.seqlen_q)
+    return Launch(
+        _specialise_finish(call.dtype, main.padded_head_dim(call.head_dim)),
+        call.batch * call.heads_q * (rows // FRAGMENT),
+        (
+            Pointer("dq_sum"),
+            Pointer("dq"),
+            *spec.dq_strides,
+            call.heads_q,
+            call.seqlen_q,
+            rows,
+            call.head_dim,
+            call.scale,
+        ),
+    )

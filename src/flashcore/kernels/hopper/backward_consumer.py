@@ -1,0 +1,202 @@
+"""The consumers of the backward kernel: two warpgroups of 64 keys each, which turn query blocks into gradients.
+
+With s = q k^T, p = exp(scale s - lse) and delta = rowsum(do * o) - dlse (FlashAttention-2, Dao 2023, section 3.1):
+
+    dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),   dk = scale ds^T q,   dq = scale ds k
+
+Scores and dp are computed transposed, [64 keys, BLOCK_M query rows]: then p and ds are in registers what the products for dv
+and dk take as their left operand. Their accumulators start at -lse / scale and -delta of each row, which costs nothing where
+subtracting them later would. ds goes to shared memory for dq, of which each warpgroup computes half, over all 128 keys.
+"""
+
+from flashcore.kernels.hopper.backward_shared import BackwardShared
+from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from flashcore.kernels.hopper.launches import wait_for_earlier_launch
+from flashcore.kernels.hopper.layouts import accumulator, left_operand
+from flashcore.kernels.hopper.mask import mask_scores
+
+# A warpgroup's part of a block's dq: all columns of half of 128 rows, or half the columns of 64 rows.
+DQ_TILE: gl.constexpr = gl.constexpr(64)
+# Rows past the end need no mask: their scores start at -inf.
+NO_END: gl.constexpr = gl.constexpr(2**30)
+
+
+@gluon.jit
+def _here(NUMBER: gl.constexpr):
+    """A constant that Triton's compiler cannot see through, so that what depends on it is computed where it is used.
+
+    It would compute the matrix descriptors of all slices of k and v before the loop, which has no registers to keep them;
+    ptxas, which sees the constant again, puts them together from uniform registers.
+    """
+    return gl.inline_asm("mov.u32 $0, $1;", "=r,n", [NUMBER], gl.int32, False)
+
+
+@gluon.jit
+def _start_from_rows(s, WARPGROUP: gl.constexpr, left, right, numbers, slot):
+    """Start left right^T + numbers: [64, BLOCK_M], of the keys or values of a warpgroup and a slot's queries or gradients."""
+    layout: gl.constexpr = accumulator(s.rows.BLOCK_M)
+    row = numbers.index(slot).load(gl.SliceLayout(0, layout))
+    start = row[None, :].broadcast_to([left.ROWS, s.rows.BLOCK_M])
+    a, _ = left.tile(_here(WARPGROUP))
+    b, _ = right.tile(slot)
+    return warpgroup_mma(a, b.permute((1, 0)), start, is_async=True)
+
+
+@gluon.jit
+def _start_scores(s, WARPGROUP: gl.constexpr, use):
+    """Start k q^T - lse / scale with the next queries."""
+    return _start_from_rows(s, WARPGROUP, s.k, s.q, s.rows.lse, s.q_ring.wait(use))
+
+
+@gluon.jit
+def _probabilities(s, scores, first_row, last_row, block, masked, past_end):
+    """p^T of a query block, 0 for keys past the end, as a left operand.
+
+    Key i of the warpgroup is attended by rows [i + first_row, i + last_row].
+    """
+    tiles = s.tiles
+    if tiles.HAS_LO or tiles.HAS_HI:
+        if masked:
+            m0 = block * s.rows.BLOCK_M
+            scores = mask_scores(scores, 0, m0, NO_END, first_row, last_row, tiles.HAS_LO, tiles.HAS_HI)
+    p = gl.exp2(scores * s.exponent_scale + past_end[:, None])
+    return gl.convert_layout(p.to(s.q.main.dtype), left_operand(s.k.DIM))
+
+
+@gluon.jit
+def _start_dq(s, WARPGROUP: gl.constexpr, buffer):
+    """Start a warpgroup's part of ds k over the keys of both: [64, 64]."""
+    k_first, _ = s.k.tile(0)
+    k_second, _ = s.k.tile(1)
+    ds_first = s.ds.index(2 * buffer)
+    ds_second = s.ds.index(2 * buffer + 1)
+    if s.rows.BLOCK_M == DQ_TILE:
+        k_first = k_first.slice(WARPGROUP * DQ_TILE, DQ_TILE, dim=1)
+        k_second = k_second.slice(WARPGROUP * DQ_TILE, DQ_TILE, dim=1)
+    else:
+        ds_first = ds_first.slice(WARPGROUP * DQ_TILE, DQ_TILE, dim=1)
+        ds_second = ds_second.slice(WARPGROUP * DQ_TILE, DQ_TILE, dim=1)
+    dq = gl.zeros([DQ_TILE, DQ_TILE], gl.float32, accumulator(DQ_TILE))
+    dq = warpgroup_mma(ds_first.permute((1, 0)), k_first, dq, use_acc=False, is_async=True)
+    return warpgroup_mma(ds_second.permute((1, 0)), k_second, dq, is_async=True)
+
+
+@gluon.jit
+def _add_dq(s, WARPGROUP: gl.constexpr, dq, number):
+    """Add a warpgroup's part of dq to that of a block, counted through all heads.
+
+    It is kept in the order of the fragments: the four numbers of a thread are neighbours there, and go as one vector.
+    """
+    TILE: gl.constexpr = DQ_TILE * DQ_TILE
+    fragments = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([TILE])
+    tile_ptr = s.dq_sum_ptr + (2 * number + WARPGROUP).to(gl.int64) * TILE
+    offset = gl.arange(0, TILE, layout=fragments.type.layout).to(gl.uint32)
+    gl.atomic_add(tile_ptr + offset, fragments, sem="relaxed")
+
+
+@gluon.jit
+def _arrive(barrier):
+    """One lane of each warp arrives for all that its warp has written."""
+    gl.inline_asm(
+        """{ .reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;
+        @p mbarrier.arrive.shared::cta.b64 _, [$0]; }""",
+        "r",
+        [barrier],
+    )
+
+
+@gluon.jit
+def _step(
+    s, WARPGROUP: gl.constexpr, use, has_next, previous, first_row, last_row, next_block, masked, dk, dv, p, dq, past_end
+):
+    """The gradients of the query block of `use`, whose probabilities are p, and the probabilities of the next.
+
+    dq is that of the block before, `previous`: it goes to memory while the matrix unit is at dp and dv of this one. Where there
+    is no next block, its probabilities are of whatever lies in shared memory, and nothing uses them: a step of its own for the
+    last block would take the registers that the loop needs.
+    """
+    slot = use % s.q_ring.SLOTS
+    buffer = use % 2
+    q, _ = s.q.tile(slot)
+    do, _ = s.do.tile(slot)
+    dp = _start_from_rows(s, WARPGROUP, s.v, s.do, s.rows.delta, slot)
+    dv = warpgroup_mma(p, do, dv, is_async=True)
+    if s.DQ:
+        _add_dq(s, WARPGROUP, dq, previous)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    ds = (gl.convert_layout(p, dp.type.layout).to(gl.float32) * dp).to(p.dtype)
+    if s.DQ:
+        s.ds.index(2 * buffer + WARPGROUP).store(ds)
+        fence_async_shared()
+        _arrive(s.ds_full.index(buffer))
+    dk = warpgroup_mma(gl.convert_layout(ds, p.type.layout), q, dk, is_async=True)
+    next_slot = (use + 1) % s.q_ring.SLOTS
+    mbarrier.wait(s.q_ring.full.index(next_slot), ((use + 1) // s.q_ring.SLOTS) & 1, pred=has_next)
+    scores = _start_from_rows(s, WARPGROUP, s.k, s.q, s.rows.lse, next_slot)
+    dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
+    s.q_ring.release(use)
+    if s.DQ:
+        mbarrier.wait(s.ds_full.index(buffer), (use // 2) & 1)
+        dq = _start_dq(s, WARPGROUP, buffer)
+    scores = warpgroup_mma_wait(1 if s.DQ else 0, deps=(scores,))
+    p = _probabilities(s, scores, first_row, last_row, next_block, masked, past_end)
+    if s.DQ:
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+    return dk, dv, p, dq
+
+
+@gluon.jit
+def _store_rows(acc, operand, slot, batch, head, row):
+    """Start copying a gradient to global memory by way of a slot in shared memory."""
+    tile, _ = operand.tile(slot)
+    tile.store(acc.to(tile.dtype))
+    fence_async_shared()
+    operand.store(slot, batch, head, row)
+
+
+@gluon.jit
+def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
+    """The gradients of one warpgroup's keys, and its part of dq."""
+    wait_for_earlier_launch()
+    tiles = s.tiles
+    ROWS: gl.constexpr = s.k.ROWS
+    DIM: gl.constexpr = s.k.DIM
+    n0, batch, kv_head = tiles.locate(gl.program_id(0))
+    begin, end = tiles.visited(n0)
+    key0 = n0 + WARPGROUP * ROWS
+    plain_begin, plain_end = tiles.unmasked(key0, ROWS)
+    key = key0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(s.rows.BLOCK_M)))
+    past_end = gl.where(key < tiles.seqlen_q, 0.0, float("-inf"))
+    first_row = key0 + tiles.band_lo
+    last_row = key0 + tiles.band_hi
+    dk = gl.zeros([ROWS, DIM], gl.float32, accumulator(DIM))
+    dv = gl.zeros([ROWS, DIM], gl.float32, accumulator(DIM))
+    dq = gl.zeros([DQ_TILE, DQ_TILE], gl.float32, accumulator(DQ_TILE))
+
+    s.kv_ring.wait(0)
+    scores = warpgroup_mma_wait(0, deps=(_start_scores(s, WARPGROUP, 0),))
+    p = _probabilities(s, scores, first_row, last_row, begin, True, past_end)
+    s.kv_ring.wait(1)
+    first_number = s.first_head(batch, kv_head) * s.blocks_per_head
+    count = end - begin
+    previous = first_number + begin
+    for member in range(0, s.heads_per_kv):
+        for i in range(0, count):
+            use = member * count + i
+            block = begin + i
+            next_block = gl.where(i + 1 == count, begin, block + 1)
+            masked = (next_block < plain_begin) | (next_block >= plain_end)
+            has_next = (i + 1 < count) | (member + 1 < s.heads_per_kv)
+            dk, dv, p, dq = _step(
+                s, WARPGROUP, use, has_next, previous, first_row, last_row, next_block, masked, dk, dv, p, dq, past_end
+            )
+            previous = first_number + block
+        first_number += s.blocks_per_head
+    number = previous
+    _store_rows(dv, s.dv, WARPGROUP, batch, kv_head, key0)
+    if s.DQ:
+        _add_dq(s, WARPGROUP, dq, number)
+        # the keys are still read for the other warpgroup's dq, so that dk takes the place of dv
+        tma.store_wait(0)
+    _store_rows(dk * s.scale, s.dk, WARPGROUP, batch, kv_head, key0)
+    tma.store_wait(0)

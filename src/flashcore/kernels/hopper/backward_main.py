@@ -1,0 +1,167 @@
+"""What binds a backward pass to a binary of the Hopper backward kernel: constants, arguments, grid. Needs no compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.backward_spec import BackwardSpec
+from flashcore.kernels.arguments import Pointer, TensorMap
+from flashcore.kernels.program import Launch
+from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+from flashcore.spec import AttentionSpec
+
+KERNEL = "hopper_backward"
+# The files that a binary is made of.
+SOURCES = tuple(
+    f"kernels/hopper/{name}.py"
+    for name in (
+        "backward",
+        "backward_consumer",
+        "backward_producer",
+        "backward_shared",
+        "gluon_api",
+        "launches",
+        "layouts",
+        "mask",
+        "operand",
+        "ring",
+        "tiles",
+    )
+)
+INTEGERS = (
+    "kv_heads",
+    "heads_k",
+    "heads_per_kv",
+    "seqlen_q",
+    "seqlen_k",
+    "blocks_per_head",
+    "first_query",
+    "first_key",
+    "band_lo",
+    "band_hi",
+    "group_heads",
+)
+# Head dims that it is built for, with the rows of a query block; others are padded up to one by the copy engine.
+BLOCK_ROWS = {64: 128, 128: 64}
+WARPGROUP_KEYS = 64
+BLOCK_KEYS = 2 * WARPGROUP_KEYS
+SLOTS = 2
+# setmaxnreg for (consumers, producer)
+REGISTERS = (240, 24)
+# Row numbers and sums of dq are padded to this many rows a head.
+ROW_PADDING = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MainFeatures:
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys. `dq`: dq is summed, by atomics."""
+
+    dtype: torch.dtype
+    head_dim: int
+    banded: bool
+    dq: bool
+
+    @property
+    def name(self) -> str:
+        """A short readable id."""
+        band = "window" if self.banded else "none"
+        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}-{'fused' if self.dq else 'dkdv'}"
+
+    @classmethod
+    def of(cls, spec: BackwardSpec, *, fused: bool) -> MainFeatures:
+        band = spec.call.band
+        banded = band.lo is not None or band.hi is not None
+        return cls(spec.call.dtype, padded_head_dim(spec.call.head_dim), banded, fused)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest that the kernel is built for and that holds a call's. Raises ValueError where there is none."""
+    found = next((built for built in sorted(BLOCK_ROWS) if head_dim <= built), None)
+    if found is None:
+        raise ValueError(f"head dim {head_dim}: the kernel is built for {' or '.join(map(str, sorted(BLOCK_ROWS)))}")
+    return found
+
+
+def padded_rows(seqlen_q: int) -> int:
+    """Rows a head that row_lse, delta and dq_sum have."""
+    return -(-seqlen_q // ROW_PADDING) * ROW_PADDING
+
+
+def attended_queries(call: AttentionSpec) -> tuple[int, int]:
+    """[first, last) of the rows that may attend some key by their position; first >= last where there are none."""
+    first = 0 if call.band.hi is None else max(0, -call.band.hi)
+    last = call.seqlen_q if call.band.lo is None else min(call.seqlen_q, call.seqlen_k - call.band.lo)
+    return first, last
+
+
+def specialise(features: MainFeatures) -> Specialisation:
+    """The binary for these features."""
+    element = TYPE_NAMES[features.dtype]
+    consumer_registers, producer_registers = REGISTERS
+    rows = {"q": BLOCK_ROWS[features.head_dim], "do": BLOCK_ROWS[features.head_dim]}
+    parameters = [
+        Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows.get(tensor, WARPGROUP_KEYS)},{features.head_dim}]>")
+        for tensor in ("q", "do", "k", "v", "dk", "dv")
+    ]
+    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
+    parameters += [Parameter(name, "i32") for name in INTEGERS]
+    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
+    constants: dict[str, int | bool | str | None] = {
+        "SLOTS": SLOTS,
+        "DQ": features.dq,
+        "HAS_LO": features.banded,
+        "HAS_HI": features.banded,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "PRODUCER_REGISTERS": producer_registers,
+    }
+    return Specialisation(
+        kernel=KERNEL,
+        name=f"{KERNEL}-{features.name}",
+        parameters=tuple(parameters),
+        constants=tuple(sorted(constants.items())),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def launch(spec: BackwardSpec, *, fused: bool) -> Launch:
+    """The launch of a pass: dk and dv, and sums of dq where it is fused."""
+    call = spec.call
+    features = MainFeatures.of(spec, fused=fused)
+    first_query, last_query = attended_queries(call)
+    first_key, last_key = call.attended_keys
+    queries = (call.batch, call.heads_q, last_query - first_query)
+    keys = (call.batch, call.heads_k, last_key - first_key)
+    all_keys = (call.batch, call.heads_k, call.seqlen_k)
+    return Launch(
+        specialise(features),
+        -(-call.seqlen_k // BLOCK_KEYS) * call.batch * call.heads_k,
+        (
+            TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1), first_query * call.q_strides[2]),
+            TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1), first_query * spec.do_strides[2]),
+            TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first_key * call.k_strides[2]),
+            TensorMap("v", (*keys, call.head_dim_v), (*call.v_strides, 1), first_key * call.v_strides[2]),
+            TensorMap("dk", (*all_keys, call.head_dim), (*spec.dk_strides, 1)),
+            TensorMap("dv", (*all_keys, call.head_dim_v), (*spec.dv_strides, 1)),
+            Pointer("row_lse"),
+            Pointer("delta"),
+            Pointer("dq_sum"),
+            call.batch * call.heads_k,
+            call.heads_k,
+            call.heads_q // call.heads_k,
+            call.seqlen_q,
+            call.seqlen_k,
+            padded_rows(call.seqlen_q) // BLOCK_ROWS[features.head_dim],
+            first_query,
+            first_key,
+            # the band from a key's side: attended by rows j - hi to j - lo; limits that exclude nothing, where there are none
+            -call.seqlen_k if call.band.hi is None else max(-call.seqlen_k, -call.band.hi),
+            call.seqlen_q if call.band.lo is None else min(call.seqlen_q, -call.band.lo),
+            1,
+            call.scale * math.log2(math.e),
+            call.scale,
+        ),
+    )

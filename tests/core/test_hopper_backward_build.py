@@ -1,0 +1,125 @@
+"""The main kernel of the Hopper backward pass: which query blocks its blocks visit, and what its binaries hold."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flashcore.backward_spec import BackwardSpec
+from flashcore.build.machine_code import disassemble, read_machine_code
+from flashcore.build.pool import Request, compile_all
+from flashcore.kernels.arguments import Argument, TensorMap
+from flashcore.kernels.hopper import backward_main as main
+from flashcore.spec import AttentionSpec, Band, Options
+from flashcore.target import SHARED_MEMORY_LIMIT
+
+KEYS = main.BLOCK_KEYS
+
+
+def _spec(seqlen_q: int, seqlen_k: int, band: Band, head_dim: int = 64, heads: tuple[int, int] = (4, 2)) -> BackwardSpec:
+    """A pass of a call with two batches, of which no tensor need exist."""
+    q = torch.empty(2, heads[0], seqlen_q, head_dim, dtype=torch.float16)
+    k = torch.empty(2, heads[1], seqlen_k, head_dim, dtype=torch.float16)
+    options = Options.check(causal=False, scale=None, window=None, softcap=0.0, layout="bhsd")
+    call = replace(AttentionSpec.from_tensors(q, k, k, None, options, return_lse=True), band=band)
+    return BackwardSpec.of(call, q, dq=True, dkv=True, mask=None, dlse=False, deterministic=False)
+
+
+def _values(spec: BackwardSpec) -> dict[str, Argument]:
+    launch = main.launch(spec, fused=True)
+    return dict(zip((p.name for p in launch.specialisation.parameters), launch.arguments, strict=True))
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The kernel's own arithmetic (kernels/hopper/tiles.py) on Python's integers."""
+    import flashcore.kernels.hopper.tiles as source
+
+    monkeypatch.setattr(source, "gl", SimpleNamespace(minimum=min, maximum=max))
+    return SimpleNamespace(**{name: getattr(source.Tiles, name).fn for name in ("locate", "visited", "unmasked")})
+
+
+@pytest.mark.parametrize("head_dim", main.BLOCK_ROWS)
+@pytest.mark.parametrize("seqlens", [(1, 1), (1, 300), (300, 1), (128, 128), (129, 127), (200, 517), (517, 200)], ids=str)
+def test_every_pair_that_takes_part_is_visited_once(head_dim: int, seqlens: tuple[int, int], tiles: SimpleNamespace) -> None:
+    seqlen_q, seqlen_k = seqlens
+    rows, keys = np.arange(seqlen_q)[None, :], np.arange(seqlen_k)[:, None]
+    last = seqlen_k - seqlen_q
+    limits = (None, -seqlen_q + 1, last - 70, last, 0, 3, last + 65, seqlen_k - 1)
+    for lo, hi in ((lo, hi) for lo in limits for hi in limits):
+        attended = np.ones((seqlen_k, seqlen_q), dtype=bool)
+        if lo is not None:
+            attended &= keys >= rows + lo
+        if hi is not None:
+            attended &= keys <= rows + hi
+        if not attended.any():
+            continue
+        spec = _spec(seqlen_q, seqlen_k, Band(lo, hi), head_dim)
+        values, launch = _values(spec), main.launch(spec, fused=True)
+        has_limit = dict(launch.specialisation.constants)["HAS_LO"]
+        rows_of_block = main.BLOCK_ROWS[head_dim]
+        tiles_per_head = -(-seqlen_k // KEYS)
+        given = SimpleNamespace(
+            tiles_per_head=tiles_per_head, group_heads=values["group_heads"], heads_q=values["heads_k"],
+            heads=values["kv_heads"], seqlen_q=values["seqlen_k"], seqlen_k=values["seqlen_q"], band_lo=values["band_lo"],
+            band_hi=values["band_hi"], BLOCK_M=KEYS, BLOCK_N=rows_of_block, HAS_LO=has_limit, HAS_HI=has_limit,
+        )  # fmt: skip
+        places = {tiles.locate(given, tile) for tile in range(launch.grid)}
+        assert places == {(n * KEYS, b, h) for n in range(tiles_per_head) for b in range(2) for h in range(2)}
+        visits = np.zeros((tiles_per_head * KEYS, values["blocks_per_head"] * rows_of_block), dtype=int)
+        for n0 in range(0, tiles_per_head * KEYS, KEYS):
+            begin, end = tiles.visited(given, n0)
+            assert 0 <= begin < end <= values["blocks_per_head"]
+            visits[n0 : n0 + KEYS, begin * rows_of_block : end * rows_of_block] += 1
+            for key0 in (n0, n0 + main.WARPGROUP_KEYS):
+                plain_begin, plain_end = tiles.unmasked(given, key0, main.WARPGROUP_KEYS) if has_limit else (0, 0)
+                plain = attended[key0 : key0 + main.WARPGROUP_KEYS, max(begin, plain_begin) * rows_of_block :]
+                assert plain[:, : max(0, (min(end, plain_end) - max(begin, plain_begin)) * rows_of_block)].all()
+        assert (visits[:seqlen_k, :seqlen_q][attended] == 1).all()
+        # what the mask lets through, and what the copies bring: all that takes part, and no row or key that does not
+        band = (rows >= keys + values["band_lo"]) & (rows <= keys + values["band_hi"])
+        assert np.array_equal(band | ~np.full_like(band, has_limit), attended)
+        q_map, k_map = values["q_map"], values["k_map"]
+        assert isinstance(q_map, TensorMap) and isinstance(k_map, TensorMap)
+        for map, taking_part, name in ((q_map, attended.any(0), "first_query"), (k_map, attended.any(1), "first_key")):
+            first = values[name]
+            assert isinstance(first, int) and map.offset == first * head_dim
+            assert np.flatnonzero(taking_part).tolist() == list(range(first, first + map.shape[2]))
+
+
+def test_numbers_are_padded_to_whole_blocks_of_either_head_dim() -> None:
+    for seqlen_q in (1, 64, 65, 128, 129, 1000):
+        rows = main.padded_rows(seqlen_q)
+        assert rows >= seqlen_q and rows - seqlen_q < 128
+        assert all(rows % block == 0 for block in main.BLOCK_ROWS.values())
+    assert [main.padded_head_dim(head_dim) for head_dim in (8, 64, 72, 96, 128)] == [64, 64, 128, 128, 128]
+    with pytest.raises(ValueError, match=r"head dim 136: .* 64 or 128"):
+        main.padded_head_dim(136)
+
+
+# HGMMA of a step for dp, s, dv, dk and dq
+_PRODUCTS = {64: (4, 4, 8, 8, 8), 128: (8, 8, 4, 4, 8)}
+
+
+def test_binaries_hold_what_is_meant() -> None:
+    features = (
+        main.MainFeatures(torch.float16, 64, False, True),
+        main.MainFeatures(torch.bfloat16, 128, True, True),
+        main.MainFeatures(torch.float16, 128, False, False),
+    )
+    asked = [Request(main.specialise(feature), "sm_90a") for feature in features]
+    for feature, outcome in zip(features, compile_all(asked, jobs=2), strict=True):
+        assert outcome.binary is not None, outcome.error
+        code = read_machine_code(outcome.binary)
+        assert code.spills_in_loops == 0
+        dp, scores, dv, dk, dq = _PRODUCTS[feature.head_dim]
+        step = dp + dv + dk + (dq if feature.dq else 0)
+        # of two warpgroups: the first scores, and the loop, whose step computes the next ones
+        assert code.matrix == {"HGMMA": 2 * (scores + (step + scores))}
+        assert code.shared <= SHARED_MEMORY_LIMIT["sm_90a"] and outcome.binary.info.threads == 384
+        adds = re.findall(r"\bREDG?\.\S+|\bATOMG?\.\S+", disassemble(outcome.binary))
+        # sums of dq go as vectors; without them nothing depends on the order in which blocks run
+        assert len(adds) == (2 * 2 * 8 if feature.dq else 0) and all(".F32x4." in add for add in adds)
