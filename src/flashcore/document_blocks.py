@@ -16,14 +16,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flashcore import evidence
 from flashcore.bench.artifact import Artifact, load
-from flashcore.bench.bar_view import bar_view
+from flashcore.bench.bar_view import bar_views
 from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.markdown import to_markdown, view_to_markdown
 from flashcore.bench.shapes import DTYPES
 from flashcore.bench.view import View, figure
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
-from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
+from flashcore.kernels.registry import BINDINGS, KERNELS, LADDER, SHIPPED_ARCHS, Kernel
+from flashcore.ladder.artifact import LadderArtifact
+from flashcore.ladder.artifact import load as load_ladder
+from flashcore.ladder.bar import bar_view as ladder_bar_view
+from flashcore.ladder.steps import STEPS
+from flashcore.ladder.table import brought
+from flashcore.ladder.table import to_markdown as ladder_to_markdown
 from flashcore.sources import kernel_hash
 from flashcore.spec import MAX_HEAD_DIM
 from flashcore.target import ARCH_OF_CAPABILITY, Target
@@ -93,7 +99,8 @@ class WheelCheck(BaseModel):
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
-    origins = [_origin(path, _read_verify(path).environment) for path in _recorded("verify")]
+    records = [path for name in ("verify", "verify-bwd") for path in _recorded(name)]
+    origins = [_origin(path, _read_verify(path).environment) for path in records]
     return "\n".join(
         (
             _table(("kernel", "arch", "compute capability", "binaries in a wheel", "verified", "state"), rows),
@@ -110,7 +117,7 @@ def _support_row(kernel: Kernel, arch: str) -> tuple[str, ...]:
     target = Target(name=arch, arch=arch, capability=None, sm_count=0, interpreted=False)
     capabilities = ", ".join(f"{major}.{minor}" for (major, minor), of in ARCH_OF_CAPABILITY.items() if of == arch)
     source = evidence.state(kernel.id, None, target)
-    if arch not in SHIPPED_ARCHS:
+    if arch not in SHIPPED_ARCHS or not kernel.shipped(arch):
         return (kernel.id, arch, capabilities, "none", "none", f"on demand ({source}): Triton compiles it at the first call")
     shipped = {specialisation.name for specialisation in kernel.shipped(arch)}
     gpus: dict[str, set[str]] = {}
@@ -153,21 +160,25 @@ def _mean_ratio(artifact: Artifact) -> list[str]:
     return notes
 
 
-def bar(grid: str) -> str:
-    """The bar over a grid beside what was measured."""
-    return _each(f"bench-{grid}", partial(_of_view, bar_view))
+def bar(name: str) -> str:
+    """The bars of a benchmark artifact's grid beside what was measured."""
+    return _each(f"bench-{name}", partial(_of_views, bar_views))
 
 
 def crossover() -> str:
     """Where our kernels change places."""
-    return _each("bench-crossover", partial(_of_view, crossover_view))
+    return _each("bench-crossover", partial(_of_views, _crossover_views))
 
 
-def _of_view(make: Callable[[Artifact], View | None], path: Path) -> str:
+def _crossover_views(artifact: Artifact) -> list[View]:
+    view = crossover_view(artifact)
+    return [] if view is None else [view]
+
+
+def _of_views(make: Callable[[Artifact], list[View]], path: Path) -> str:
     artifact = load(path)
-    view = make(artifact)
-    table = "no run of the grid on a GPU\n" if view is None else view_to_markdown(view).rstrip()
-    return f"{table}\n- {_origin(path, artifact.environment)}"
+    tables = "\n".join(map(view_to_markdown, make(artifact))).rstrip() or "no run of the grid on a GPU\n"
+    return f"{tables}\n- {_origin(path, artifact.environment)}"
 
 
 def _compact(path: Path, artifact: Artifact) -> str:
@@ -187,9 +198,9 @@ def _compact(path: Path, artifact: Artifact) -> str:
     return _of_artifact(path, artifact.model_copy(update={"shapes": records}))
 
 
-def verification() -> str:
+def verification(name: str) -> str:
     """How many cases of each group passed, failed, were skipped and were rejected, for each implementation."""
-    return _each("verify", lambda path: _verification(path, _read_verify(path)))
+    return _each(name, lambda path: _verification(path, _read_verify(path)))
 
 
 def _verification(path: Path, record: VerifyRecord) -> str:
@@ -209,7 +220,8 @@ def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> s
         groups.setdefault(group, []).append(case)
     taken = {group: its for group, its in groups.items() if any(case.verdict != "rejected" for case in its)}
     rows = [_group_row(group, its) for group, its in (*taken.items(), ("all", cases))]
-    binaries = {case.binary_sha256 for case in cases if case.binary_sha256}
+    ran = (sha256 for case in cases for sha256 in (case.binary_sha256, *(one.binary_sha256 for one in case.launches)))
+    binaries = {sha256 for sha256 in ran if sha256}
     rejections = Counter(case.reason for case in cases if case.verdict == "rejected")
     lines = [
         f"**{name} on {record.device}, suite {record.suite}**",
@@ -226,7 +238,8 @@ def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> s
 
 def _group_row(name: str, cases: Sequence[CaseRecord]) -> tuple[str, ...]:
     counted = counts(cases)
-    shares = [c.output.max_abs / c.output.bound for c in cases if c.output and c.output.max_abs is not None and c.output.bound]
+    errors = [error for case in cases for error in (case.output, *case.gradients.values()) if error]
+    shares = [error.max_abs / error.bound for error in errors if error.max_abs is not None and error.bound]
     return (name, *(str(counted[verdict]) for verdict in VERDICTS), f"{max(shares):.2f}" if shares else "-")
 
 
@@ -269,6 +282,50 @@ def _wheel(path: Path) -> str:
     return f"{_table(('what', 'found'), rows)}\n\n- {_origin(path, check.environment)}"
 
 
+def ladder() -> str:
+    """The ladder's tables, a shape each, and the plot of them where it was drawn."""
+    return _each("ladder", _ladder)
+
+
+def _ladder(path: Path) -> str:
+    artifact = load_ladder(path)
+    plot = f"img/ladder-{path.parent.name.rpartition('-')[2]}.png"
+    drawn = (evidence.FOLDER.parents[2] / "docs" / plot).exists()
+    picture = (
+        f"![The rate of each step on {artifact.environment.device_name}]({plot})" if drawn else f"docs/{plot}: not drawn yet"
+    )
+    tables = ladder_to_markdown(artifact).rstrip() or "no shape was timed"
+    return f"{picture}\n\n{tables}\n- {_ladder_origin(path, artifact)}"
+
+
+def ladder_bar() -> str:
+    """The ladder's bar beside what was measured."""
+    return _each("ladder", _ladder_bar)
+
+
+def _ladder_bar(path: Path) -> str:
+    artifact = load_ladder(path)
+    return f"{view_to_markdown(ladder_bar_view(artifact)).rstrip()}\n- {_ladder_origin(path, artifact)}"
+
+
+def ladder_step(name: str) -> str:
+    """What one step came to, a line a shape."""
+    return _each("ladder", partial(_ladder_step, name))
+
+
+def _ladder_step(name: str, path: Path) -> str:
+    artifact = load_ladder(path)
+    found = artifact.environment
+    lines = "\n".join(f"- {sentence}" for sentence in brought(artifact, name))
+    return f"On {found.device_name}, {found.time_utc:%Y-%m-%d} (`{_place(path)}`):\n\n{lines}"
+
+
+def _ladder_origin(path: Path, artifact: LadderArtifact) -> str:
+    production = {BINDINGS[step.impl].KERNEL for step in STEPS if step.impl is not None}
+    sources = {kernel: source for kernel, source in artifact.environment.kernel_sources.items() if kernel in production}
+    return _origin(path, artifact.environment, sources | artifact.sources)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "support": support,
     "mission": partial(benchmark, "mission"),
@@ -282,8 +339,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bar-fa": partial(bar, "fa"),
     "bar-small": partial(bar, "small"),
     "crossover": crossover,
-    "verify": verification,
+    "verify": partial(verification, "verify"),
+    "verify-bwd": partial(verification, "verify-bwd"),
+    "bar-bwd": partial(bar, "bwd"),
+    "bwd-full": partial(benchmark, "bwd"),
+    "fwdbwd-full": partial(benchmark, "fwdbwd"),
     "launch": launch,
+    "ladder-table": ladder,
+    "bar-ladder": ladder_bar,
+    **{f"ladder-{step.name}": partial(ladder_step, step.name) for step in STEPS},
 }
 
 
@@ -304,16 +368,26 @@ def _read_verify(path: Path) -> VerifyRecord:
         raise ArgumentValueError(f"artifact: {path} is not a record of flashcore verify: {error}") from error
 
 
-def _origin(path: Path, found: Environment) -> str:
-    """The artifact, when, where and with what it was made, and whether a kernel has changed since."""
+def _place(path: Path) -> str:
+    """An artifact's place in the repository."""
+    return f"src/flashcore/evidence/{path.parent.name}/{path.name}"
+
+
+def _origin(path: Path, found: Environment, sources: dict[str, str] | None = None) -> str:
+    """The artifact, when, where and with what it was made, and whether a kernel has changed since.
+
+    `sources`: the kernels that it is of, with the hashes of their sources; by default those of the environment.
+    """
     parts = [f"{found.time_utc:%Y-%m-%d}", found.device_name]
     parts += [f"driver {found.gpu.driver}"] if found.gpu else []
     versions = (("CUDA", found.cuda), ("cuDNN", found.cudnn), ("torch", found.torch), ("Triton", found.triton))
     parts += [f"{name} {version}" for name, version in versions if version]
     parts += [f"commit {found.git.sha[:12]}{' and changes' if found.git.dirty else ''}"] if found.git else []
-    changed = [kernel for kernel, source in found.kernel_sources.items() if kernel in KERNELS and source != kernel_hash(kernel)]
+    known = {**KERNELS, **LADDER}
+    of = found.kernel_sources if sources is None else sources
+    changed = [kernel for kernel, source in of.items() if kernel in known and source != kernel_hash(kernel)]
     parts += [f"**before the present source of {', '.join(changed)}**"] if changed else []
-    return f"`src/flashcore/evidence/{path.parent.name}/{path.name}`: {', '.join(parts)}"
+    return f"`{_place(path)}`: {', '.join(parts)}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

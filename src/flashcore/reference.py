@@ -13,6 +13,8 @@ Nothing here validates its arguments beyond what the maths needs; `flashcore.att
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -99,27 +101,62 @@ def _attend(
     layout: str,
     top_left: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loop over blocks of heads and query rows that keeps memory bounded; `dtype` is what the maths is done in."""
+    """The loop over blocks of heads and query rows; `dtype` is what the maths is done in."""
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads_q, seqlen_q, head_dim = q.shape
-    heads_k, seqlen_k = k.shape[1], k.shape[2]
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    mask = None if attn_mask is None else attn_mask.expand(batch, heads_q, seqlen_q, seqlen_k)
-
     o = torch.zeros(batch, heads_q, seqlen_q, v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.full((batch, heads_q, seqlen_q), -math.inf, dtype=dtype, device=q.device)
-    if seqlen_k == 0 or o.numel() == 0:
-        return (o.transpose(1, 2) if layout == "bshd" else o), lse
+    for block in blocks(q, k, attn_mask, dtype, causal, window, top_left):
+        queries = q[block.index].to(dtype)
+        keys, values = (x[block.batch, block.kv_heads].to(dtype) for x in (k, v))
+        o[block.index], lse[block.index] = attend_block(queries, keys, values, block.allowed, block.bias, scale, softcap)
+    return (o.transpose(1, 2) if layout == "bshd" else o), lse
 
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows of some heads of one batch entry, with every key: what is computed at once, so that memory stays bounded.
+
+    kv_heads: the key head of each query head. allowed: bool [H or 1,M,N]. bias: the additive mask there, [H,M,N], or None.
+    """
+
+    batch: int
+    heads: slice
+    rows: slice
+    kv_heads: torch.Tensor
+    allowed: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def index(self) -> tuple[int, slice, slice]:
+        """Where its rows are in a tensor (B,H,S,...)."""
+        return self.batch, self.heads, self.rows
+
+
+def blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    causal: bool,
+    window: tuple[int, int] | None,
+    top_left: bool,
+) -> Iterator[Block]:
+    """The blocks of a call, q (B,Hq,Sq,D) and k (B,Hk,Sk,D); none where there is nothing to attend. `dtype`: of the scores."""
+    batch, heads_q, seqlen_q = q.shape[:3]
+    heads_k, seqlen_k = k.shape[1], k.shape[2]
+    if 0 in (batch, heads_q, seqlen_q, seqlen_k):
+        return
+    mask = None if attn_mask is None else attn_mask.expand(batch, heads_q, seqlen_q, seqlen_k)
     kv_head = torch.arange(heads_q, device=q.device) // (heads_q // heads_k)
     row_step = min(seqlen_q, max(1, _CHUNK_ELEMENTS // seqlen_k))
     head_step = max(1, _CHUNK_ELEMENTS // (seqlen_k * row_step))
     for b in range(batch):
         for h in range(0, heads_q, head_step):
-            heads = slice(h, h + head_step)
-            keys, values = (x[b, kv_head[heads]].to(dtype) for x in (k, v))
+            heads = slice(h, min(h + head_step, heads_q))
             for r in range(0, seqlen_q, row_step):
                 rows = slice(r, min(r + row_step, seqlen_q))
                 allowed = _band(rows.start, rows.stop, seqlen_q, seqlen_k, causal, window, top_left, q.device)[None]
@@ -129,12 +166,10 @@ def _attend(
                     if mask.dtype != torch.bool:
                         bias = mask[b, heads, rows]
                         bias = bias.to(torch.promote_types(bias.dtype, dtype))
-                block = q[b, heads, rows].to(dtype)
-                o[b, heads, rows], lse[b, heads, rows] = _block(block, keys, values, allowed, bias, scale, softcap)
-    return (o.transpose(1, 2) if layout == "bshd" else o), lse
+                yield Block(b, heads, rows, kv_head[heads], allowed, bias)
 
 
-def _block(
+def attend_block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -144,15 +179,8 @@ def _block(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [H,M,D], k [H,N,D], v [H,N,Dv], allowed [H or 1,M,N], bias [H,M,N] or None -> o [H,M,Dv], lse [H,M]."""
-    # [H, M, N]
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    # masked_fill, not an added -inf: what a forbidden key holds may be NaN, and NaN plus anything is NaN.
-    scores = scores.masked_fill(~allowed, -math.inf)
-    lse = torch.logsumexp(scores, dim=-1)
+    scores = masked_scores(q, k, allowed, bias, scale, softcap)
+    lse = _log_sum_exp(scores)
     empty = ~allowed.any(dim=-1, keepdim=True)
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0).to(v.dtype)
 
@@ -164,6 +192,35 @@ def _block(
     o = weights @ v.masked_fill(~finite, 0.0)
     attends_bad = (allowed.to(torch.float32) @ (~finite).to(torch.float32)) > 0
     return o.masked_fill(attends_bad, math.nan), lse
+
+
+def _log_sum_exp(scores: torch.Tensor) -> torch.Tensor:
+    """[H,M] of scores [H,M,N], -inf for a row of -inf.
+
+    torch.logsumexp's gradient is exp(score - result), which is 1 for each of many keys at -1e30; this one's is the softmax.
+    """
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    pivot = largest.masked_fill(largest == -math.inf, 0.0)
+    return (torch.exp(scores - pivot).sum(dim=-1, keepdim=True).log() + pivot).squeeze(-1)
+
+
+def masked_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    allowed: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """The scores [H,M,N] of a block, scaled, capped and biased; -inf where a row may not attend."""
+    # [H, M, N]
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    # masked_fill, not an added -inf: what a forbidden key holds may be NaN, and NaN plus anything is NaN.
+    return scores.masked_fill(~allowed, -math.inf)
 
 
 def _band(

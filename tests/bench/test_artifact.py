@@ -30,7 +30,7 @@ def test_statistics_are_those_of_the_samples_written() -> None:
 def test_what_the_mission_asks_for_is_in_the_file(make_artifact: Make, tmp_path: Path) -> None:
     make_artifact().save(tmp_path / "run.json")
     data = json.loads((tmp_path / "run.json").read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     found = data["environment"]
     assert {"time_utc", "command", "git", "torch", "triton", "cuda", "cudnn", "kernel_sources"} <= found.keys()
     assert {"name", "sm_count", "l2_bytes", "driver", "clocks"} <= found["gpu"].keys()
@@ -52,7 +52,7 @@ def test_a_wrong_result_with_nan_can_be_written_and_read(make_artifact: Make, tm
     assert loaded.own_failures and str(loaded.shapes[0].contenders[0].correctness.max_abs) == "nan"
 
 
-@pytest.mark.parametrize("change", [{"schema_version": 2}, {"kind": "other"}, {"shapes": None}, {"extra": 1}])
+@pytest.mark.parametrize("change", [{"schema_version": 3}, {"kind": "other"}, {"shapes": None}, {"extra": 1}])
 def test_other_files_are_refused(make_artifact: Make, tmp_path: Path, change: dict[str, object]) -> None:
     data = json.loads(make_artifact().model_dump_json()) | change
     (tmp_path / "run.json").write_text(json.dumps(data))

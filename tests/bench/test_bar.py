@@ -9,8 +9,8 @@ from rich.console import Console
 
 from flashcore.bench import work
 from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, ShapeRecord
-from flashcore.bench.bar import BARS, FA, LENGTHS
-from flashcore.bench.bar_view import bar_view, verdict
+from flashcore.bench.bar import BARS, FA, LENGTHS, bars_of
+from flashcore.bench.bar_view import bar_views, verdict
 from flashcore.bench.markdown import view_to_markdown
 from flashcore.bench.report import print_report
 from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
@@ -59,6 +59,13 @@ def _wanted(shape: Shape) -> float:
     return _bar_of(shape) or 1.0
 
 
+def _bar_view(artifact: Artifact) -> View | None:
+    """The one table there is of a forward run, None where there is none."""
+    views = bar_views(artifact)
+    assert len(views) <= 1
+    return views[0] if views else None
+
+
 def _rows(view: View | None) -> dict[str, dict[str, str]]:
     assert view is not None
     return {row[0]: dict(zip(view.columns, row, strict=True)) for row in view.rows}
@@ -79,7 +86,7 @@ def test_the_bar_has_its_24_cells() -> None:
 
 
 def test_what_reaches_the_bar_in_both_orders_meets_it(make_artifact: Make) -> None:
-    rows = _rows(bar_view(_artifact(make_artifact, lambda s: _wanted(s) + 0.2, lambda s: _wanted(s) + 0.1)))
+    rows = _rows(_bar_view(_artifact(make_artifact, lambda s: _wanted(s) + 0.2, lambda s: _wanted(s) + 0.1)))
     assert len(rows) == 37
     for shape in GRIDS["fa"]:
         row = rows[shape.label]
@@ -99,7 +106,7 @@ def test_a_miss_is_shown_in_its_row_and_in_the_mean(make_artifact: Make) -> None
     def first(shape: Shape) -> float:
         return 1.21 if shape == slow else 1.0
 
-    rows = _rows(bar_view(_artifact(make_artifact, first, first)))
+    rows = _rows(_bar_view(_artifact(make_artifact, first, first)))
     assert rows[slow.label]["verdict"] == "missed" and rows[slow.label]["bar"] == "1.22"
     verdicts = [row["verdict"] for row in rows.values()]
     # only the four cells of D 256 whose bar is 1 are met
@@ -111,16 +118,17 @@ def test_the_cells_are_counted_and_those_of_shapes_left_out_are_not_timed(make_a
     def first(shape: Shape) -> float:
         return 1.0
 
-    whole = bar_view(_artifact(make_artifact, first, first))
+    whole = _bar_view(_artifact(make_artifact, first, first))
     assert whole is not None and "4 of the bar's 24 cells met; 20 missed" in whole.notes
-    part = bar_view(_artifact(make_artifact, first, first, shapes=GRIDS["fa"][:4]))
+    part = _bar_view(_artifact(make_artifact, first, first, shapes=GRIDS["fa"][:4]))
     assert part is not None and "0 of the bar's 24 cells met; 3 missed; 21 not timed" in part.notes
 
 
 def test_a_bar_speaks_of_shapes_of_its_grid_alone() -> None:
-    assert BARS.keys() == {"fa", "small"}
-    for grid, bar in BARS.items():
-        assert bar.grid == grid and {cell.shape for cell in bar.cells} <= set(GRIDS[grid])
+    assert {bar.grid for bar in BARS} == {"fa", "small", "fa-bwd"}
+    for bar in BARS:
+        assert bar in bars_of(bar.grid, bar.direction) and {cell.shape for cell in bar.cells} <= set(GRIDS[bar.grid])
+    assert bars_of("fa-bwd", "fwd") == bars_of("fa", "bwd") == bars_of(None, "fwd") == ()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,7 @@ def test_verdicts(reached: tuple[bool | None, ...], words: str) -> None:
 def test_just_below_the_bar_is_missed(make_artifact: Make) -> None:
     shape = CELLS[2]
     for first, words in ((_wanted(shape), "met"), (_wanted(shape) - 1e-3, "missed in one order")):
-        rows = _rows(bar_view(_artifact(make_artifact, lambda s, f=first: f, lambda s: 2.0, shapes=(shape,))))
+        rows = _rows(_bar_view(_artifact(make_artifact, lambda s, f=first: f, lambda s: 2.0, shapes=(shape,))))
         assert rows[shape.label]["verdict"] == words
 
 
@@ -154,19 +162,19 @@ def test_a_cell_that_was_not_timed_leaves_no_mean(make_artifact: Make) -> None:
     whole = _artifact(make_artifact, lambda s: 2.0)
     failed = ContenderRecord(name=OURS, kind="ours", status="wrong", reason="max error")
     record = whole.shapes[0].model_copy(update={"contenders": [failed, *whole.shapes[0].contenders[1:]]})
-    rows = _rows(bar_view(whole.model_copy(update={"shapes": [record, *whole.shapes[1:]]})))
+    rows = _rows(_bar_view(whole.model_copy(update={"shapes": [record, *whole.shapes[1:]]})))
     assert rows[GRIDS["fa"][0].label]["verdict"] == "not timed" and rows[GRIDS["fa"][0].label][RATIO] == "-"
     mean = rows["geometric mean of the bar's 24 cells"]
     assert (mean[RATIO], mean["verdict"]) == ("-", "not timed")
     # cells that are not of the bar are not missed from it
-    of_bar = _rows(bar_view(_artifact(make_artifact, lambda s: 2.0, shapes=CELLS)))
+    of_bar = _rows(_bar_view(_artifact(make_artifact, lambda s: 2.0, shapes=CELLS)))
     assert of_bar["geometric mean of the bar's 24 cells"]["verdict"] == "met, in one order"
 
 
 def test_rates_and_the_share_of_the_measured_matrix_rate(make_artifact: Make) -> None:
     artifact = _artifact(make_artifact, lambda s: 1.5)
     shape = GRIDS["fa"][0]
-    row = _rows(bar_view(artifact))[shape.label]
+    row = _rows(_bar_view(artifact))[shape.label]
     rate = work.tflops(shape, CUDNN_US / 1.5)
     assert row["TFLOP/s"] == f"{rate:.0f}" and row["flashcore-hopper us"] == "6.00"
     assert row["% of matrix rate"] == f"{100 * rate / 650:.1f}"
@@ -175,11 +183,11 @@ def test_rates_and_the_share_of_the_measured_matrix_rate(make_artifact: Make) ->
 
 def test_how_far_the_orders_differ_is_said(make_artifact: Make) -> None:
     moved = GRIDS["fa"][7]
-    view = bar_view(_artifact(make_artifact, lambda s: 1.0, lambda s: 1 / 1.03 if s == moved else 1.0))
+    view = _bar_view(_artifact(make_artifact, lambda s: 1.0, lambda s: 1 / 1.03 if s == moved else 1.0))
     assert (
         view is not None and f"by 0.00 % in the median, by +3.00 % at most (flashcore-hopper, {moved.label})" in view.notes[-1]
     )
-    once = bar_view(_artifact(make_artifact, lambda s: 1.0))
+    once = _bar_view(_artifact(make_artifact, lambda s: 1.0))
     assert once is not None and once.notes[-1] == "timed in one order only"
 
 
@@ -187,14 +195,14 @@ def test_only_a_gpu_run_of_its_grid_has_the_table(make_artifact: Make) -> None:
     artifact = _artifact(make_artifact, lambda s: 1.0)
     other = artifact.model_copy(update={"settings": artifact.settings.model_copy(update={"grid": "decode"})})
     cpu = artifact.model_copy(update={"environment": artifact.environment.model_copy(update={"gpu": None})})
-    assert bar_view(other) is None and bar_view(cpu) is None
+    assert _bar_view(other) is None and _bar_view(cpu) is None
 
 
 def test_terminal_and_markdown_show_it(make_artifact: Make) -> None:
     artifact = _artifact(make_artifact, lambda s: 1.0)
     out = io.StringIO()
     print_report(artifact, Console(file=out, width=250))
-    view = bar_view(artifact)
+    view = _bar_view(artifact)
     assert view is not None
     for text in ("the bar, NVIDIA H200", "geometric mean of the bar's 24 cells", "missed", "timed in one order only"):
         assert text in out.getvalue() and text in view_to_markdown(view)

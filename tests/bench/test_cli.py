@@ -70,11 +70,12 @@ def test_the_bars_grid_is_timed_in_both_orders_without_python_calls(
     ("arguments", "named"),
     [
         (("--shape", "1,8,512"), "B,H,S,D"),
-        (("--grid", "big"), "small, fa, features, decode, crossover"),
+        (("--grid", "big"), "small, fa, fa-bwd, features, decode, crossover"),
         (("--grid", "fa", "--shape", "tiny"), "one of them"),
         (("--dtype", "fp8"), "fp16, bf16, fp32"),
         (("--impl", "magic"), "flashcore-portable"),
-        (("--direction", "bwd"), "fwd"),
+        (("--direction", "sideways"), "fwd, bwd, fwdbwd"),
+        (("--direction", "bwd", "--impl", "flex"), "flashcore-hopper-deterministic"),
         (("--iters", "3"), "10"),
         (("--out", "/nowhere/at/all.json"), "folder that exists"),
         (("--plot", "/"), "folder that exists"),
@@ -84,3 +85,26 @@ def test_mistakes_are_one_line_and_exit_2(monkeypatch, capsys, arguments: tuple[
     assert run(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwdbwd"])
+def test_gradients_are_timed_and_written(monkeypatch, tmp_path: Path, capsys, direction: str) -> None:
+    out = tmp_path / "run.json"
+    assert run(monkeypatch, *QUICK, "--direction", direction, "--out", str(out)) == 0
+    artifact = load(out)
+    assert artifact.settings.direction == direction
+    assert {c.name for c in artifact.shapes[0].contenders if c.status == "timed"} == {"flashcore", "sdpa-math"}
+    title = {"bwd": "backward: 1,1,32,64", "fwdbwd": "forward and backward: 1,1,32,64"}[direction]
+    assert title in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_of_ours_is_exit_1(monkeypatch, tmp_path: Path, capsys) -> None:
+    right = registry.flashcore.attention
+
+    def attention(q, k, v, **options):
+        o = right(q, k, v, **options)
+        return o + 0.05 * (o - o.detach())  # right forward; its gradient is scaled
+
+    monkeypatch.setattr(registry.flashcore, "attention", attention)
+    assert run(monkeypatch, *QUICK, "--direction", "bwd", "--out", str(tmp_path / "run.json")) == 1
+    assert "error: flashcore on 1,1,32,64 fp32: dq: max error" in capsys.readouterr().err

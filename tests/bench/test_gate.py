@@ -125,10 +125,10 @@ def test_oracle_of_some_pairs_agrees_with_that_of_all_and_sees_an_error_there(mo
 
 def test_pairs_hold_the_first_and_the_last() -> None:
     shape = parse_shape("4,32,16384,64")
-    pairs = _pairs(shape, 2**28, seed=0)
+    pairs = _pairs(shape, 32, 2**28, seed=0)
     assert pairs is not None and len(set(pairs)) == 4 and pairs[0] == (0, 0) and pairs[-1] == (3, 31)
-    assert _pairs(parse_shape("1,1,65536,64"), 2**28, seed=0) == [(0, 0)]
-    assert _pairs(parse_shape("mission"), 2**26, seed=0) is None
+    assert _pairs(parse_shape("1,1,65536,64"), 1, 2**28, seed=0) == [(0, 0)]
+    assert _pairs(parse_shape("mission"), 8, 2**26, seed=0) is None
 
 
 def test_inputs_are_seeded_and_independent() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, ShapeRecord
 from flashcore.bench.bar import SMALL, Cell
-from flashcore.bench.bar_view import bar_view
+from flashcore.bench.bar_view import bar_views
 from flashcore.bench.contenders import contenders
 from flashcore.bench.report import print_report
 from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
@@ -48,6 +48,13 @@ def _artifact(
     return artifact.model_copy(update={"settings": settings, "shapes": [changed(record) for record in artifact.shapes]})
 
 
+def _bar_view(artifact: Artifact) -> View | None:
+    """The one table there is of a forward run, None where there is none."""
+    views = bar_views(artifact)
+    assert len(views) <= 1
+    return views[0] if views else None
+
+
 def _rows(view: View | None) -> dict[tuple[str, str, bool], dict[str, str]]:
     """By shape, series, and whether the bar is a time."""
     assert view is not None
@@ -56,7 +63,7 @@ def _rows(view: View | None) -> dict[tuple[str, str, bool], dict[str, str]]:
 
 
 def _verdicts(artifact: Artifact) -> list[str]:
-    return [row["verdict"] for row in _rows(bar_view(artifact)).values()]
+    return [row["verdict"] for row in _rows(_bar_view(artifact)).values()]
 
 
 def _share(cell: Cell) -> float:
@@ -106,13 +113,13 @@ def test_just_under_the_bar_is_met_and_just_over_it_is_missed(make_artifact: Mak
     under, over = (_artifact(make_artifact, _at_the_bar(factor)) for factor in (0.999, 1.001))
     assert _verdicts(under) == ["met"] * 16
     # a call of 4.8 us is within the 10
-    assert _verdicts(over) == ["missed" if not is_time else "met" for *_, is_time in _rows(bar_view(over))]
-    view = bar_view(over)
+    assert _verdicts(over) == ["missed" if not is_time else "met" for *_, is_time in _rows(_bar_view(over))]
+    view = _bar_view(over)
     assert view is not None and "1 of the bar's 16 cells met; 15 missed" in view.notes
 
 
 def test_a_row_says_it_in_the_terms_of_the_issue(make_artifact: Make) -> None:
-    rows = _rows(bar_view(_artifact(make_artifact, lambda shape, mode: 4.0 if mode == "device_warm" else 9.0)))
+    rows = _rows(_bar_view(_artifact(make_artifact, lambda shape, mode: 4.0 if mode == "device_warm" else 9.0)))
     mission = NAMED_SHAPES["mission"].label
     warm = rows[mission, "device_warm", False]
     assert (warm["bar"], warm["verdict"], warm["flashcore us"]) == ("0.44", "missed", "4.00")
@@ -130,13 +137,13 @@ def test_a_row_says_it_in_the_terms_of_the_issue(make_artifact: Make) -> None:
 
 @pytest.mark.parametrize(("us", "words"), [(9.99, "met"), (10.0, "met"), (10.01, "missed")])
 def test_a_call_may_take_so_long_and_no_longer(make_artifact: Make, us: float, words: str) -> None:
-    rows = _rows(bar_view(_artifact(make_artifact, lambda shape, mode: us)))
+    rows = _rows(_bar_view(_artifact(make_artifact, lambda shape, mode: us)))
     assert rows[NAMED_SHAPES["mission"].label, "eager_stream", True]["verdict"] == words
 
 
 def test_calls_are_held_against_plain_sdpa_where_that_is_the_fastest(make_artifact: Make) -> None:
     artifact = _artifact(make_artifact, lambda shape, mode: 4.5, {**PEERS, "sdpa-auto": 5.0})
-    rows = _rows(bar_view(artifact))
+    rows = _rows(_bar_view(artifact))
     mission = NAMED_SHAPES["mission"].label
     assert rows[mission, "eager_stream", False]["which"] == "sdpa-auto"
     assert rows[mission, "eager_stream", False][RATIO].startswith("0.900 [")
@@ -150,7 +157,7 @@ def test_without_one_of_the_peers_or_ours_nothing_is_met(make_artifact: Make, go
     records = [
         record.model_copy(update={"contenders": [c for c in record.contenders if c.name != gone]}) for record in whole.shapes
     ]
-    rows = _rows(bar_view(whole.model_copy(update={"shapes": records})))
+    rows = _rows(_bar_view(whole.model_copy(update={"shapes": records})))
     # a time is measured against none of them
     expected = {True: "met" if gone != "flashcore" else "not timed", False: "not timed"}
     assert all(row["verdict"] == expected[is_time] for (*_, is_time), row in rows.items())
@@ -170,7 +177,7 @@ def test_a_run_without_calls_meets_no_cell_of_calls(make_artifact: Make) -> None
         )
         for record in whole.shapes
     ]
-    view = bar_view(whole.model_copy(update={"shapes": records}))
+    view = _bar_view(whole.model_copy(update={"shapes": records}))
     assert view is not None and "14 of the bar's 16 cells met; 2 not timed" in view.notes
     rows = _rows(view)
     assert {row["verdict"] for (_, series, _), row in rows.items() if series == "eager_stream"} == {"not timed"}
@@ -178,7 +185,7 @@ def test_a_run_without_calls_meets_no_cell_of_calls(make_artifact: Make) -> None
 
 def test_shapes_left_out_are_counted_and_others_are_not_judged(make_artifact: Make) -> None:
     shapes = (GRIDS["small"][3], NAMED_SHAPES["tiny"])
-    view = bar_view(_artifact(make_artifact, lambda shape, mode: 1.0, shapes=shapes))
+    view = _bar_view(_artifact(make_artifact, lambda shape, mode: 1.0, shapes=shapes))
     assert view is not None and "2 of the bar's 16 cells met; 14 not timed" in view.notes
     assert _rows(view)[NAMED_SHAPES["tiny"].label, "device_warm", False]["verdict"] == "-"
 

@@ -13,11 +13,16 @@ from flashcore.bench.peaks import Peaks
 from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
 from flashcore.bench.stats import ratio_of_medians
 from flashcore.bench.timing import Series
+from flashcore.bench.work import Direction
 from flashcore.environment import Clocks, Environment, Git, Gpu
 from flashcore.evidence import Index
-from flashcore.kernels.registry import KERNELS
-from flashcore.sources import kernel_hashes
-from flashcore.verify.record import BinaryRecord, CaseRecord, Error, VerifyRecord
+from flashcore.kernels.registry import KERNELS, LADDER
+from flashcore.ladder.artifact import LadderArtifact, TimedShape
+from flashcore.ladder.checks import StepVerification, cases
+from flashcore.ladder.measure import SHAPES
+from flashcore.ladder.steps import STEPS
+from flashcore.sources import kernel_hash, kernel_hashes
+from flashcore.verify.record import BinaryRecord, CaseRecord, Error, LaunchRecord, VerifyRecord
 
 MEDIANS = {
     "flashcore": 8.0,
@@ -73,14 +78,14 @@ def _series(median: float) -> list[SeriesRecord]:
     return [SeriesRecord.of(series).model_copy(update={"ratio": ratio}) for series in modes]
 
 
-def _artifact(shapes: tuple[Shape, ...], grid: str | None = None) -> Artifact:
+def _artifact(shapes: tuple[Shape, ...], grid: str | None = None, direction: Direction = "fwd") -> Artifact:
     timed = [
         ContenderRecord(name=name, kind="ours" if name.startswith("flashcore") else "sdpa", status="timed", series=_series(us))
         for name, us in MEDIANS.items()
     ]
     return Artifact(
         environment=environment(),
-        settings=Settings(iters=100, warmup=20, seed=0, eager=True, cold=True, grid=grid, samples={}),
+        settings=Settings(iters=100, warmup=20, seed=0, eager=True, cold=True, grid=grid, direction=direction, samples={}),
         peaks=Peaks(copy_bytes=2**31, copy_tbytes=4.0, matrix_size=8192, matrix_tflops={"fp16": 650.0}),
         shapes=[
             ShapeRecord(
@@ -143,6 +148,24 @@ def _verify_record() -> VerifyRecord:
     )
 
 
+def _backward_record() -> VerifyRecord:
+    """One case of the portable backward pass, by two launches."""
+    launches = tuple(
+        LaunchRecord(kernel=f"portable_backward_{part}", specialisation=part, binary_sha256=number * 64)
+        for part, number in (("delta", "3"), ("dq", "4"))
+    )
+    errors = {name: Error(max_abs=share, mean_abs=0.0, bound=1.0) for name, share in (("dq", 0.25), ("dk", 0.75), ("dv", 0.5))}
+    plain = {"output": None, "kernel": None, "specialisation": None, "binary_sha256": None}
+    case = _case("mask-bool", "passed", 0.0).model_copy(update={**plain, "gradients": errors, "launches": launches})
+    counted = {"passed": 1, "failed": 0, "skipped": 0, "rejected": 0}
+    binaries = {
+        one.binary_sha256: BinaryRecord(kernel=one.kernel, specialisation=one.specialisation, passed=(case.name,), failed=())
+        for one in launches
+    }
+    changes = {**counted, "schema_version": 2, "direction": "bwd", "binaries": binaries, "cases": (case,)}
+    return _verify_record().model_copy(update=changes)
+
+
 def _index() -> Index:
     """Two of the binaries shipped for sm_90a are verified."""
     shipped = KERNELS["portable_forward"].shipped("sm_90a")
@@ -156,11 +179,40 @@ def _index() -> Index:
     )
 
 
+def _ladder() -> LadderArtifact:
+    """A run in which every step is right, and takes half the time of the one before: 512 us, 256 us, ..."""
+    artifact = _artifact((SHAPES[0],))
+    names = ["unfused", *(f"ladder-{step.name}" for step in STEPS)]
+    records = [
+        ContenderRecord(name=name, kind="ours", status="timed", series=_series(2.0 ** (10 - number)))
+        for number, name in enumerate(names)
+    ]
+    shapes = [artifact.shapes[0].model_copy(update={"shape": shape, "contenders": records}) for shape in SHAPES]
+    return LadderArtifact(
+        environment=environment(),
+        sources={kernel: kernel_hash(kernel) for kernel in LADDER},
+        steps=[step.name for step in STEPS],
+        verification=[
+            StepVerification(
+                step=step.name,
+                interpreted=False,
+                passed=[case.name for case in cases()],
+                failed={},
+                mutations=["one NaN"],
+                missed=[],
+            )
+            for step in STEPS
+        ],
+        shapes=[TimedShape(bench=artifact.model_copy(update={"shapes": [shape]}), code={}) for shape in shapes],
+    )
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source checkout with no evidence and no documents, in place of this one."""
     package = tmp_path / "src" / "flashcore"
     (package / "evidence").mkdir(parents=True)
+    (tmp_path / "docs" / "img").mkdir(parents=True)
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(documents, "PACKAGE", package)
     monkeypatch.setattr(evidence, "FOLDER", package / "evidence")
@@ -182,7 +234,11 @@ def record(checkout: Path) -> Callable[[], Path]:
         _artifact(GRIDS["decode"]).save(folder / "bench-decode.json")
         _artifact(GRIDS["features"]).save(folder / "bench-features.json")
         _artifact(GRIDS["crossover"], "crossover").save(folder / "bench-crossover.json")
+        _artifact(GRIDS["fa-bwd"], "fa-bwd", "bwd").save(folder / "bench-bwd.json")
+        _artifact(GRIDS["fa-bwd"], "fa-bwd", "fwdbwd").save(folder / "bench-fwdbwd.json")
+        _ladder().save(folder / "ladder.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())
+        (folder / "verify-bwd.json").write_text(_backward_record().model_dump_json())
         (folder / "index.json").write_text(_index().model_dump_json())
         cost = {
             "schema_version": 2,

@@ -12,8 +12,10 @@ from flashcore.documents import DOCUMENTS, DocumentError, render, render_all
 from flashcore.errors import ArgumentValueError, FlashCoreError
 from flashcore.evidence.build import artifacts
 from flashcore.kernels.registry import KERNELS
+from flashcore.ladder.steps import STEPS
 
 Record = Callable[[], Path]
+STEP_BLOCKS = [f"ladder-{step.name}" for step in STEPS]
 
 
 def _rows(text: str) -> dict[str, list[str]]:
@@ -36,6 +38,9 @@ def test_every_block_names_what_it_was_made_from(name: str, record: Record) -> N
     record()
     text = BLOCKS[name]()
     assert "`src/flashcore/evidence/nvidia-h200/" in text and NOTHING not in text
+    if name in STEP_BLOCKS:  # the table at the page's end says the rest
+        assert "On NVIDIA H200, 2026-11-20 (`src/flashcore/evidence/nvidia-h200/ladder.json`):" in text
+        return
     for words in ("2026-11-20", "NVIDIA H200", "driver 580.159.04", "CUDA 13.0", "cuDNN 9.19.0", "torch 2.11.0+cu130"):
         assert words in text
     assert "commit abcdef012345 and changes" in text
@@ -161,6 +166,64 @@ def test_a_grid_without_the_kernel_misses_no_cell_silently(record: Record) -> No
     assert _rows(BLOCKS["bar-fa"]())["32,32,512,64 fp16"][:4] == ["1.02", "-", "-", "not timed"]
 
 
+def test_the_ladder_is_a_table_a_shape_and_a_line_for_each_step(record: Record) -> None:
+    path = record() / "ladder.json"
+    text = BLOCKS["ladder-table"]()
+    assert text.count("| step | us |") == 2 and _rows(text)["tensor_core_qk"][0] == "64.0"
+    # each step takes half the time of the one before, and the first half that of PyTorch
+    assert BLOCKS["ladder-scalar"]().splitlines()[2:] == [
+        "- 1,8,512,64 fp16: 256 us, 0.3 % of the ceiling; 2.00 times as fast as the step before; "
+        "4.00 times as fast as unfused PyTorch",
+        "- 4,16,4096,64 fp16: 256 us, 165.2 % of the ceiling; 2.00 times as fast as the step before; "
+        "4.00 times as fast as unfused PyTorch",
+    ]
+    assert "before" not in BLOCKS["ladder-unfused"]()
+    artifact = json.loads(path.read_text())
+    artifact["steps"].remove("scalar")
+    artifact["shapes"] = artifact["shapes"][:1]
+    path.write_text(json.dumps(artifact))
+    assert BLOCKS["ladder-scalar"]().splitlines()[2:] == ["- 1,8,512,64 fp16: not in this run"]
+    artifact["shapes"] = []
+    path.write_text(json.dumps(artifact))
+    assert "no shape was timed" in BLOCKS["ladder-table"]() and "no shape was timed" in BLOCKS["ladder-scalar"]()
+
+
+def test_the_ladders_plot_is_shown_where_it_was_drawn(checkout: Path, record: Record) -> None:
+    record()
+    assert BLOCKS["ladder-table"]().startswith("docs/img/ladder-h200.png: not drawn yet\n")
+    (checkout / "docs" / "img" / "ladder-h200.png").touch()
+    assert BLOCKS["ladder-table"]().startswith("![The rate of each step on NVIDIA H200](img/ladder-h200.png)\n")
+
+
+def test_the_ladders_bar_stands_beside_what_was_measured(record: Record) -> None:
+    record()
+    text = BLOCKS["bar-ladder"]()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| top", "| fastest", "| steps"))]
+    assert [(row[1], row[3], row[5]) for row in rows] == [
+        ("1,8,512,64 fp16", "256.0 [256.0, 256.0]", "met"),
+        ("4,16,4096,64 fp16", "256.0 [256.0, 256.0]", "met"),
+        ("4,16,4096,64 fp16", "1024.0 [1024.0, 1024.0]", "met"),
+        ("-", str(len(STEPS)), "met"),
+    ]
+
+
+def test_a_ladder_of_an_earlier_source_is_marked(record: Record) -> None:
+    path = record() / "ladder.json"
+    assert "present source" not in BLOCKS["ladder-table"]()
+    artifact = json.loads(path.read_text())
+    artifact["sources"]["ladder_scalar"] = "0" * 64
+    artifact["environment"]["kernel_sources"]["portable_forward"] = "0" * 64  # no step of the ladder
+    path.write_text(json.dumps(artifact))
+    assert "**before the present source of ladder_scalar**" in BLOCKS["ladder-table"]()
+
+
+def test_the_ladder_is_no_benchmark_of_the_index(record: Record) -> None:
+    folder = record()
+    before = artifacts(folder)
+    (folder / "ladder.json").unlink()
+    assert artifacts(folder) == before
+
+
 def test_launch(record: Record) -> None:
     record()
     assert _rows(BLOCKS["launch"]())["our launcher"] == ["4.50", "4.25", "6.00", "7.50"]
@@ -231,15 +294,17 @@ def test_wrong_markers_are_errors(text: str, words: str, checkout: Path) -> None
 
 
 def test_outside_a_checkout_it_says_so(checkout: Path) -> None:
-    with pytest.raises(FlashCoreError, match=r"no source checkout of FlashCore \(without README.md, EVALUATION.md\)"):
+    with pytest.raises(
+        FlashCoreError, match=r"no source checkout of FlashCore \(without README.md, EVALUATION.md, docs/ladder.md\)"
+    ):
         render_all()
 
 
-@pytest.mark.parametrize("name", ["verify", "launch-cost", "bench-mission"])
+@pytest.mark.parametrize("name", ["verify", "launch-cost", "bench-mission", "ladder"])
 def test_a_damaged_artifact_is_an_error_that_names_it(name: str, record: Record) -> None:
     path = record() / f"{name}.json"
     path.write_text("{}")
-    block = {"verify": "verify", "launch-cost": "launch", "bench-mission": "mission"}[name]
+    block = {"verify": "verify", "launch-cost": "launch", "bench-mission": "mission", "ladder": "ladder-scalar"}[name]
     with pytest.raises(ArgumentValueError, match=f"{name}.json"):
         BLOCKS[block]()
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from flashcore.cli import verify
 from flashcore.kernels.registry import BINDINGS
-from flashcore.verify import mutations, subject
+from flashcore.verify import backward_mutations, backward_subject, mutations, subject
 from flashcore.verify.record import read
-from flashcore.verify.suite import Implementation
+from flashcore.verify.suite import BackwardRan, Implementation, Ran
 
 
 def _flashcore(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -65,6 +66,9 @@ def test_mutations() -> None:
         (("--suite", "everything"), "allowed: mission, edge, tile, short, shipped, all"),
         (("--impl", "cudnn"), "allowed: 'ours', 'auto'"),
         (("--mutations", "--record", "x.json"), "nothing to record"),
+        (("--direction", "sideways"), "allowed: fwd, bwd, both"),
+        (("--suite", "backward"), "allowed: mission, edge"),
+        (("--direction", "bwd", "--impl", "small"), "allowed: 'ours', 'auto'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -122,3 +126,47 @@ def test_a_run_in_which_everything_was_skipped_has_proved_nothing() -> None:
         pytest.skip("a GPU runs these")
     done = _flashcore("--only", "far-batch")
     assert done.returncode == 1 and "needs 8 GiB of GPU memory" in done.stdout
+
+
+def _invoke_backward(monkeypatch: pytest.MonkeyPatch, implementations: tuple[Implementation, ...], *arguments: str) -> Any:
+    monkeypatch.setattr(backward_subject, "backward_implementations", lambda impl: implementations)
+    return _invoke(monkeypatch, (mutations.implementation(None),), *arguments)
+
+
+def _explained(given: Any) -> BackwardRan:
+    launches = (Ran("plain", "plain_delta", "delta", "a" * 64), Ran("plain", "plain_dq", "dq", "b" * 64))
+    return BackwardRan("plain", launches, reproducible=True)
+
+
+def test_gradients_have_a_table_and_a_record_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = replace(backward_mutations.implementation(None), explain_backward=_explained)
+    arguments = ("--direction", "both", "--only", "tiny-*", "--record", str(tmp_path / "record.json"))
+    result = _invoke_backward(monkeypatch, (plain,), *arguments)
+    assert result.exit_code == 0 and result.output.count("3 passed, 0 failed, 0 skipped") == 2
+    forward, backward = (read(tmp_path / name) for name in ("record.json", "record-bwd.json"))
+    assert (forward.direction, backward.direction) == ("fwd", "bwd") and backward.suite == "all"
+    case = backward.cases[0]
+    assert case.gradients.keys() == {"dq", "dk", "dv"} and case.output is None and case.reproducible
+    assert [launch.specialisation for launch in case.launches] == ["delta", "dq"]
+    # each launch's binary ran in each case
+    names = ("tiny-seed0", "tiny-seed42", "tiny-seed12345")
+    assert {sha256: its.passed for sha256, its in backward.binaries.items()} == {"a" * 64: names, "b" * 64: names}
+    alone = _invoke_backward(monkeypatch, (plain,), *arguments[2:], "--direction", "bwd")
+    assert alone.exit_code == 0 and read(tmp_path / "record.json").direction == "bwd"
+
+
+def test_a_wrong_gradient_exits_1_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = backward_mutations.implementation(backward_mutations.BackwardMutation.UNSCALED_DK)
+    result = _invoke_backward(monkeypatch, (wrong,), "--direction", "both", "--only", "tiny-seed0")
+    assert result.exit_code == 1 and "failed tiny-seed0: dk: max error" in result.output
+    # the forward pass was right
+    assert "1 passed, 0 failed, 0 skipped" in result.output and "0 passed, 1 failed, 0 skipped" in result.output
+
+
+def test_wrong_backward_passes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    arguments = ("--direction", "bwd", "--mutations", "--only", "backward-softcap-d64-fp16")
+    result = _invoke_backward(monkeypatch, (backward_mutations.implementation(None),), *arguments)
+    assert all(mutation.value in result.output for mutation in backward_mutations.BackwardMutation)
+    # no gradient of the log-sum-exp comes in, so that ignoring it goes unseen, and the command says so by failing
+    assert result.exit_code == 1

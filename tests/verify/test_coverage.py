@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from flashcore.kernels.registry import BINDINGS, SHIPPED_ARCHS
-from flashcore.kernels.small import binding as small
-from flashcore.kernels.small.binding import Features
-from flashcore.kernels.small.config import UNVERIFIED
 from flashcore.spec import AttentionSpec
 from flashcore.verify import inputs
 from flashcore.verify.cases import Case, select
@@ -159,19 +156,6 @@ def test_short_grids_are_below_and_above_the_multiprocessors_for_each_size_of_cl
     for cluster in (1, 2, 4):
         blocks = [cluster * number for number in tiles]
         assert SM_COUNTS["sm_90a"] in blocks and blocks[0] < 132 < 264 <= blocks[-1]
-
-
-def test_short_cases_reach_forms_that_are_not_shipped_yet() -> None:
-    """What the next recorded verification must reach, so that they can be."""
-    taken = {small.specialise_call(spec, "sm_90a", SM_COUNTS["sm_90a"]) for spec in _taken("small", "sm_90a")}
-    forms = [(d, form) for d, unverified in UNVERIFIED.items() for form in unverified]
-    wanted = {
-        small.specialise(Features(dtype, head_dim, causal), form)
-        for head_dim, form in forms
-        for dtype in (torch.float16, torch.bfloat16)
-        for causal in (False, True)
-    }
-    assert wanted <= taken
 
 
 def test_short_cases_are_few_and_cheap() -> None:

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from flashcore.verify.tolerance import FLOOR_MAX_ABS, FLOOR_MEAN_ABS, compare_lse, compare_output
+from flashcore.verify.tolerance import (
+    FLOOR_MAX_ABS,
+    FLOOR_MEAN_ABS,
+    GRADIENT_ROUNDING,
+    compare_gradient,
+    compare_lse,
+    compare_output,
+)
 
 SHAPE = (2, 16, 2, 8)
 
@@ -127,3 +134,28 @@ def test_a_huge_lse_is_judged_by_float32_spacing() -> None:
     ref = torch.full((1, 1, 1), -1e30, dtype=torch.float64)
     assert compare_lse(ref.float(), ref, torch.float16).passed
     assert not compare_lse(ref.float() * (1 + 1e-6), ref, torch.float16).passed
+
+
+def test_a_gradient_has_the_gate_and_no_floor() -> None:
+    ref = torch.zeros(SHAPE, dtype=torch.float64)
+    twin = torch.full(SHAPE, 2.0, dtype=torch.float16)
+    got = torch.full(SHAPE, 4.0, dtype=torch.float16)
+    result = compare_gradient(got, ref, twin, 0.0)
+    assert result.passed and result.bound == 4.0 and result.share == 1.0
+    got[0, 0, 0, 0] = 4.01
+    result = compare_gradient(got, ref, twin, 0.0)
+    assert not result.passed and result.share == math.inf
+    got[0, 0, 0, 0] = math.nan
+    assert not compare_gradient(got, ref, twin, 0.0).passed
+    assert not compare_gradient(twin.float(), ref, twin, 0.0).passed
+
+
+def test_a_gradient_that_cancels_may_round_as_its_terms_do() -> None:
+    ref = torch.zeros(SHAPE, dtype=torch.float64)
+    twin = torch.zeros(SHAPE, dtype=torch.float32)
+    got = torch.full(SHAPE, GRADIENT_ROUNDING, dtype=torch.float32)
+    assert compare_gradient(got, ref, twin, 1.0).passed and not compare_gradient(1.01 * got, ref, twin, 1.0).passed
+    assert not compare_gradient(got, ref, twin, 0.0).passed
+    assert compare_gradient(twin, ref, twin, 0.0).share == 0.0
+    # TF32 rounds by 2^-11
+    assert GRADIENT_ROUNDING == 2.0**-24

@@ -16,10 +16,12 @@ from flashcore.bench.peaks import Peaks
 from flashcore.bench.shapes import Shape
 from flashcore.bench.stats import Ratio, Stats, summarise
 from flashcore.bench.timing import Mode, Series
+from flashcore.bench.work import Direction
 from flashcore.environment import Clocks, Environment
 from flashcore.stored import Stored, read
 
-SCHEMA_VERSION: Literal[1] = 1
+# 2: gradients. An artifact of 1 is one of 2 that has none, so both are read.
+SCHEMA_VERSION: Literal[2] = 2
 # A sample is an event time (0.5 us fine) over the launches of a replay: below a tenth of a nanosecond there is nothing.
 SAMPLE_DECIMALS = 4
 
@@ -50,7 +52,10 @@ class SeriesRecord(_Record):
 
 
 class ContenderRecord(_Record):
-    """What became of one contender on one shape. `reason` says why it is not "timed"; only "timed" has series."""
+    """What became of one contender on one shape. `reason` says why it is not "timed"; only "timed" has series.
+
+    peak_bytes: of gradients on a GPU, the memory that one forward and backward pass takes at most beside its inputs.
+    """
 
     name: str
     kind: Kind
@@ -58,6 +63,7 @@ class ContenderRecord(_Record):
     reason: str = ""
     detail: str | None = None
     correctness: Correctness | None = None
+    peak_bytes: int | None = None
     series: list[SeriesRecord] = []
 
     def find(self, mode: Mode) -> SeriesRecord | None:
@@ -94,14 +100,14 @@ class Settings(_Record):
     cold: bool
     retime: bool = False
     grid: str | None
-    direction: Literal["fwd"] = "fwd"
+    direction: Direction = "fwd"
     samples: dict[str, str]
 
 
 class Artifact(_Record, Stored):
     """One run of `flashcore bench`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     kind: Literal["flashcore-bench"] = "flashcore-bench"
     environment: Environment
     settings: Settings

@@ -12,6 +12,7 @@ from typing import Literal
 
 from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
 from flashcore.bench.timing import Mode
+from flashcore.bench.work import Direction
 
 Told = Literal["rates", "times"]
 
@@ -28,6 +29,10 @@ class Cell:
     faster: float | None = None
     us: float | None = None
 
+    @property
+    def wanted(self) -> bool:
+        return self.faster is not None or self.us is not None
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -35,6 +40,7 @@ class Bar:
 
     peers: for each mode that it speaks of, those whose fastest it is held against.
     mean: the least geometric mean of the ratios over all cells; None: nothing is wanted of it.
+    direction: what of a call is timed.
     both_orders: a cell is reached where it is in both orders of timing.
     """
 
@@ -45,6 +51,12 @@ class Bar:
     cells: tuple[Cell, ...]
     mean: float | None = None
     both_orders: bool = False
+    direction: Direction = "fwd"
+
+    @property
+    def judged(self) -> tuple[Cell, ...]:
+        """The cells in which something is wanted."""
+        return tuple(cell for cell in self.cells if cell.wanted)
 
     @property
     def times_calls(self) -> bool:
@@ -105,5 +117,41 @@ SMALL = Bar(
     ),
 )
 
-# by the grid they are measured over
-BARS = {bar.grid: bar for bar in (FA, SMALL)}
+# head dim -> for lengths of 1024, 4096 and 16384: not causal, causal
+_BACKWARD_RATIOS: dict[int, tuple[tuple[float, float], ...]] = {
+    64: ((1.40, 1.10), (1.22, 1.26), (1.26, 1.34)),
+    128: ((1.10, 1.10), (1.16, 1.15), (1.17, 1.17)),
+}
+# head dim -> what bitwise equal gradients may cost
+_DETERMINISTIC_RATIOS = {64: 0.92, 128: 0.95}
+
+
+def _of_backward(ours: str, peer: str, cells: tuple[Cell, ...], mean: float | None = None) -> Bar:
+    peers: dict[Mode, tuple[str, ...]] = {"device_warm": (peer,)}
+    return Bar("fa-bwd", ours, peers, "rates", cells, mean, both_orders=True, direction="bwd")
+
+
+BACKWARD = (
+    _of_backward(
+        "flashcore-hopper",
+        "sdpa-cudnn",
+        tuple(
+            Cell(shape, faster=_BACKWARD_RATIOS[shape.head_dim][(1024, 4096, 16384).index(shape.seqlen_q)][shape.causal])
+            for shape in GRIDS["fa-bwd"]
+        ),
+    ),
+    _of_backward(
+        "flashcore-hopper-deterministic",
+        "sdpa-cudnn",
+        tuple(Cell(shape, faster=_DETERMINISTIC_RATIOS[shape.head_dim]) for shape in GRIDS["fa-bwd"]),
+    ),
+    # judged by its mean alone
+    _of_backward("flashcore-portable", "sdpa-flash", tuple(Cell(shape) for shape in GRIDS["fa-bwd"]), mean=1.10),
+)
+
+BARS = (FA, SMALL, *BACKWARD)
+
+
+def bars_of(grid: str | None, direction: Direction) -> tuple[Bar, ...]:
+    """The bars that a run of this grid, in this direction, is held against."""
+    return tuple(bar for bar in BARS if (bar.grid, bar.direction) == (grid, direction))

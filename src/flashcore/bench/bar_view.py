@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flashcore.bench import work
 from flashcore.bench.artifact import Artifact, SeriesRecord, ShapeRecord
-from flashcore.bench.bar import BARS, Bar, Cell
+from flashcore.bench.bar import Bar, Cell, bars_of
 from flashcore.bench.stats import Ratio, ratio_of_medians
 from flashcore.bench.timing import Mode
-from flashcore.bench.view import EMPTY, View, figure, measured_where, peaks_text
+from flashcore.bench.view import EMPTY, View, figure, measured_where, peaks_text, rate
 
 AUTO = "flashcore"
 FIRST: Mode = "device_warm"
@@ -34,22 +33,22 @@ class _Row:
     reversed: Ratio | None
     auto: Ratio | None
 
-    @property
-    def wanted(self) -> bool:
-        return self.cell.faster is not None or self.cell.us is not None
+
+def bar_views(artifact: Artifact) -> list[View]:
+    """The tables, one a bar, of a run of a bar's grid and direction on a GPU; none for any other run."""
+    if artifact.environment.gpu is None:
+        return []
+    return [_bar_view(bar, artifact) for bar in bars_of(artifact.settings.grid, artifact.settings.direction)]
 
 
-def bar_view(artifact: Artifact) -> View | None:
-    """The table of a run of a bar's grid on a GPU; None for any other run."""
-    bar = BARS.get(artifact.settings.grid or "")
-    if bar is None or artifact.environment.gpu is None:
-        return None
+def _bar_view(bar: Bar, artifact: Artifact) -> View:
     rows = [_measured(bar, record, cell) for record in artifact.shapes for cell in bar.of(record.shape)]
     columns = _columns(bar, artifact)
     cells = [tuple(text(row) for text in columns.values()) for row in rows]
     if bar.mean is not None:
         cells.append(_mean_row(bar, bar.mean, rows, columns))
-    return View(f"the bar, {measured_where(artifact)}", tuple(columns), tuple(cells), _notes(bar, artifact, rows))
+    of = f" of {bar.ours}, backward" if bar.direction == "bwd" else ""
+    return View(f"the bar{of}, {measured_where(artifact)}", tuple(columns), tuple(cells), _notes(bar, artifact, rows))
 
 
 def _measured(bar: Bar, record: ShapeRecord, cell: Cell) -> _Row:
@@ -148,7 +147,7 @@ def _peer_title(bar: Bar) -> str:
 
 def _mean_row(bar: Bar, wanted: float, rows: Sequence[_Row], columns: dict[str, Callable[[_Row], str]]) -> tuple[str, ...]:
     """The geometric means over the bar's cells; none where one of these was not timed."""
-    judged = [row for row in rows if row.wanted]
+    judged = [row for row in rows if row.cell in bar.cells]
     by_order = ([row.first for row in judged], [row.reversed for row in judged], [row.auto for row in judged])
     first, other, auto = (_mean(ratios, len(bar.cells)) for ratios in by_order)
     shown = {
@@ -176,7 +175,7 @@ def _notes(bar: Bar, artifact: Artifact, rows: Sequence[_Row]) -> tuple[str, ...
             f"{ratio}: how many times faster by {FIRST} {medians}; {target}, and is met where the ratio reaches it in both "
             "orders",
             f"% of matrix rate: TFLOP/s over that of a large matrix product in this run ({peaks_text(artifact)})",
-            _tally(bar, rows),
+            *([_tally(bar, rows)] if bar.judged else []),
             _orders(artifact),
         )
     fastest = "; ".join(f"{mode}: {', '.join(peers)}" for mode, peers in bar.peers.items())
@@ -191,10 +190,10 @@ def _notes(bar: Bar, artifact: Artifact, rows: Sequence[_Row]) -> tuple[str, ...
 
 def _tally(bar: Bar, rows: Sequence[_Row]) -> str:
     """How many of the bar's cells came out how; a shape of the bar that the run left out counts as not timed."""
-    found = Counter(_verdict(bar, row) for row in rows if row.wanted)
-    found[NOT_TIMED] += len(bar.cells) - found.total()
+    found = Counter(_verdict(bar, row) for row in rows if row.cell.wanted)
+    found[NOT_TIMED] += len(bar.judged) - found.total()
     others = "".join(f"; {count} {name}" for name, count in found.items() if name != MET and count)
-    return f"{found[MET]} of the bar's {len(bar.cells)} cells met{others}"
+    return f"{found[MET]} of the bar's {len(bar.judged)} cells met{others}"
 
 
 def _orders(artifact: Artifact) -> str:
@@ -242,14 +241,14 @@ def _us(series: SeriesRecord | None) -> str:
 
 
 def _tflops(row: _Row, series: SeriesRecord | None) -> float | None:
-    return None if series is None else work.tflops(row.record.shape, series.stats.p50)
+    return None if series is None else rate(row.record, series.stats.p50, "TFLOP/s")
 
 
 def _rate(row: _Row, series: SeriesRecord | None) -> str:
-    rate = _tflops(row, series)
-    return EMPTY if rate is None else figure(rate)
+    tflops = _tflops(row, series)
+    return EMPTY if tflops is None else figure(tflops)
 
 
 def _share_of_peak(artifact: Artifact, row: _Row) -> str:
-    rate = _tflops(row, row.ours)
-    return EMPTY if rate is None else f"{100 * rate / artifact.peaks.matrix_tflops[row.record.shape.dtype]:.1f}"
+    tflops = _tflops(row, row.ours)
+    return EMPTY if tflops is None else f"{100 * tflops / artifact.peaks.matrix_tflops[row.record.shape.dtype]:.1f}"

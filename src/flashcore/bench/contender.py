@@ -15,6 +15,9 @@ from flashcore.bench.inputs import Inputs
 
 Kind = Literal["ours", "sdpa", "peer", "floor"]
 Attention = Callable[[], torch.Tensor]
+# What is timed: attention, or what makes (dq, dk, dv) of it.
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+Run = Callable[[], Output]
 
 # The part of a device's memory that an implementation which writes the whole score matrix may take.
 MEMORY_SHARE = 0.25

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashcore.bench.artifact import Artifact
-from flashcore.bench.bar_view import bar_view
+from flashcore.bench.bar_view import bar_views
 from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.view import View, views
 
@@ -17,8 +17,8 @@ _SENTENCES = ("verdict", "meaning")
 
 def print_report(artifact: Artifact, console: Console) -> None:
     """Print every table of the artifact with its notes; after some grids also what they were measured for."""
-    purposes = (bar_view(artifact), crossover_view(artifact))
-    for view in [*views(artifact), *(view for view in purposes if view is not None)]:
+    crossover = crossover_view(artifact)
+    for view in [*views(artifact), *bar_views(artifact), *([] if crossover is None else [crossover])]:
         print_view(view, console)
 
 

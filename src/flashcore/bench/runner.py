@@ -13,11 +13,13 @@ import torch
 from flashcore import environment
 from flashcore.bench import peaks, timing, work
 from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, Settings, ShapeRecord, WorkRecord
-from flashcore.bench.contender import Contender
-from flashcore.bench.gate import Oracle, verify
+from flashcore.bench.contender import Contender, Output
+from flashcore.bench.gate import GradientOracle, Judge, Oracle, verify
+from flashcore.bench.gradients import peak_bytes, run_of
 from flashcore.bench.inputs import InputSets
 from flashcore.bench.shapes import Shape
 from flashcore.bench.stats import ratio_of_medians
+from flashcore.bench.work import Direction
 from flashcore.errors import FlashCoreError, UnsupportedError
 
 FLOOR = "empty kernel"
@@ -41,7 +43,8 @@ Progress = Callable[[str, float], None]
 class Request:
     """What to measure. `left_out` are contenders that are listed with a reason instead of run.
 
-    retime: on a GPU, time the warm launches a second time, in the reverse order.
+    retime: on a GPU, time the warm launches a second time, in the reverse order. direction: what of a call is timed; of
+    gradients, caches are taken as they are.
     """
 
     shapes: Sequence[Shape]
@@ -53,6 +56,7 @@ class Request:
     cold: bool = True
     grid: str | None = None
     retime: bool = False
+    direction: Direction = "fwd"
 
 
 def run(request: Request, device: torch.device, progress: Callable[[int, str, float], None]) -> Artifact:
@@ -75,19 +79,21 @@ def run(request: Request, device: torch.device, progress: Callable[[int, str, fl
         cold=request.cold,
         retime=request.retime,
         grid=request.grid,
+        direction=request.direction,
         samples=SAMPLE_MEANINGS,
     )
     return Artifact(environment=found, settings=settings, peaks=measured, shapes=records)
 
 
 def _run_shape(request: Request, shape: Shape, device: torch.device, measured: peaks.Peaks, progress: Progress) -> ShapeRecord:
-    sets = InputSets(shape, device, request.seed)
-    oracle = Oracle(sets[0], request.seed)
+    gradients = request.direction != "fwd"
+    sets = InputSets(shape, device, request.seed, gradients=gradients)
+    oracle: Judge = (GradientOracle if gradients else Oracle)(sets[0], request.seed)
     records: dict[str, ContenderRecord] = {}
     candidates: list[timing.Candidate] = []
     for position, contender in enumerate(request.contenders):
         progress(f"verify {contender.name}", position / len(request.contenders))
-        record, candidate = _admit(contender, sets, oracle, device)
+        record, candidate = _admit(request.direction, contender, sets, oracle, device)
         records[contender.name] = record
         candidates.extend([candidate] if candidate else [])
     for name, reason in request.left_out.items():
@@ -109,7 +115,7 @@ def _run_shape(request: Request, shape: Shape, device: torch.device, measured: p
     baseline = _baseline(list(records.values()), leading)
     return ShapeRecord(
         shape=shape,
-        work=_work(shape, measured),
+        work=_work(shape, measured, request.direction),
         baseline=baseline,
         cold=cold,
         clocks_after=environment.read_clocks(device) if device.type == "cuda" else environment.Clocks(),
@@ -118,7 +124,7 @@ def _run_shape(request: Request, shape: Shape, device: torch.device, measured: p
 
 
 def _admit(
-    contender: Contender, sets: InputSets, oracle: Oracle, device: torch.device
+    direction: Direction, contender: Contender, sets: InputSets, oracle: Judge, device: torch.device
 ) -> tuple[ContenderRecord, timing.Candidate | None]:
     """Verify one contender: its record, and what the timer runs if it passed. Nothing it raises ends the run."""
     base = ContenderRecord(name=contender.name, kind=contender.kind, status="not timed")
@@ -129,26 +135,30 @@ def _admit(
             reason = contender.unavailable_reason(inputs)
             if reason:
                 return base.model_copy(update={"reason": reason}), None
-            call = contender.prepare(inputs)
+            call = run_of(direction, contender.prepare, inputs)
             correctness = verify(contender, call, oracle, device)
             detail = contender.detail(inputs)
+            peak = None
+            if direction != "fwd" and device.type == "cuda":
+                with contender.context():
+                    peak = peak_bytes(contender.prepare, inputs)
         except UnsupportedError as error:
             return base.model_copy(update={"reason": str(error)}), None
         except Exception as error:  # a contender may fail in any way; its row says how
             if SDPA_REFUSAL in str(error):
                 return base.model_copy(update={"reason": _sdpa_reason(said) or timing.describe(error)}), None
             return base.model_copy(update={"status": "failed", "reason": timing.describe(error)}), None
-    record = base.model_copy(update={"correctness": correctness, "detail": detail})
+    record = base.model_copy(update={"correctness": correctness, "detail": detail, "peak_bytes": peak})
     if not correctness.passed:
         return record.model_copy(update={"status": "wrong", "reason": correctness.reason}), None
 
-    def check(output: torch.Tensor) -> str | None:
+    def check(output: Output) -> str | None:
         return oracle.check(output).reason or None
 
     candidate = timing.Candidate(
         name=contender.name,
         call=call,
-        cold_call=lambda number: contender.prepare(sets[number]),
+        cold_call=(lambda number: contender.prepare(sets[number])) if direction == "fwd" else None,
         context=contender.context,
         check=check,
     )
@@ -170,6 +180,8 @@ def _cold(request: Request, shape: Shape, device: torch.device) -> tuple[int, st
     """How many input sets a cold replay may use (0: none is made), and the sentence that says what was done."""
     if device.type != "cuda":
         return 0, "not measured: a CPU run takes the caches as they are"
+    if request.direction != "fwd":
+        return 0, "not measured: a backward pass follows its forward pass, and finds what that left in the caches"
     if not request.cold:
         return 0, "not measured: left out on request"
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -215,6 +227,12 @@ def _with_ratios(record: ContenderRecord, baseline: ContenderRecord | None, seed
     return record.model_copy(update={"series": compared})
 
 
-def _work(shape: Shape, measured: peaks.Peaks) -> WorkRecord:
-    bound = work.roofline(shape, peak_tflops=measured.matrix_tflops[shape.dtype], peak_tbytes=measured.copy_tbytes)
-    return WorkRecord(flops=work.flops(shape), min_bytes=work.min_bytes(shape), bound_us=bound.us, bound_limit=bound.limit)
+def _work(shape: Shape, measured: peaks.Peaks, direction: Direction) -> WorkRecord:
+    rate = measured.matrix_tflops[shape.dtype]
+    bound = work.roofline(shape, peak_tflops=rate, peak_tbytes=measured.copy_tbytes, direction=direction)
+    return WorkRecord(
+        flops=work.flops(shape, direction),
+        min_bytes=work.min_bytes(shape, direction),
+        bound_us=bound.us,
+        bound_limit=bound.limit,
+    )

@@ -113,6 +113,11 @@ def _fa_grid() -> tuple[Shape, ...]:
     )
 
 
+def _fa_backward_grid() -> tuple[Shape, ...]:
+    """The same tokens and hidden size at the lengths that a backward pass is held to."""
+    return tuple(shape for shape in _fa_grid() if shape.head_dim in (64, 128) and shape.seqlen_q in (1024, 4096, 16384))
+
+
 def _features_grid() -> tuple[Shape, ...]:
     """What the other grids leave out and the planner must know of: masks, head dims between the blocks, float32."""
     masked = tuple(
@@ -169,6 +174,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         _plain(32, 8, 512, 64),
     ),
     "fa": _fa_grid(),
+    "fa-bwd": _fa_backward_grid(),
     "features": _features_grid(),
     "decode": tuple(
         Shape(batch, 32, 8, 1, seqlen_k, 128, 128, dtype="bf16")

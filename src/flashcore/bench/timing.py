@@ -26,14 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from flashcore.verify.watchdog import watchdog
 
 Mode = Literal["device_warm", "device_reversed", "device_cold", "eager_stream", "eager_latency", "wall"]
-Call = Callable[[], torch.Tensor | None]
+# what is timed returns its output, or its outputs; the empty kernel has none
+Output = torch.Tensor | tuple[torch.Tensor, ...] | None
+Call = Callable[[], Output]
 Progress = Callable[[str, float], None]
 T = TypeVar("T")
 
@@ -70,7 +72,7 @@ class Candidate:
     call: Call
     cold_call: Callable[[int], Call] | None = None
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    check: Callable[[torch.Tensor], str | None] = field(default=lambda output: None)
+    check: Callable[[Any], str | None] = field(default=lambda output: None)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class _Replay:
     def __init__(self, name: str, calls: Sequence[Call], *, keep_outputs: int) -> None:
         self.name = name
         self.launches = len(calls)
-        outputs: deque[torch.Tensor | None] = deque(maxlen=keep_outputs)
+        outputs: deque[Output] = deque(maxlen=keep_outputs)
         self._graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: it empties the allocator's cache each time, which costs more than these captures.
         self._graph.capture_begin(capture_error_mode="thread_local")
@@ -227,13 +229,18 @@ class _Replay:
     def __call__(self) -> None:
         self._graph.replay()
 
-    def poisoned_outputs(self) -> list[torch.Tensor]:
+    def poisoned_outputs(self) -> list[torch.Tensor | tuple[torch.Tensor, ...]]:
         """The kept outputs after a replay that began with NaN in all of them."""
-        for output in self.outputs:
-            output.fill_(math.nan)
+        for tensor in self.tensors():
+            tensor.fill_(math.nan)
         self()
         torch.cuda.current_stream().synchronize()
         return self.outputs
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Those that the kept outputs consist of."""
+        for output in self.outputs:
+            yield from (output,) if isinstance(output, torch.Tensor) else output
 
     def event_us(self) -> float:
         start, end = _event_pair()
@@ -277,7 +284,8 @@ def _prepare_cold(candidate: Candidate, launches: int, max_sets: int) -> _Replay
     calls[-1]()
     replay = _Replay(candidate.name, calls, keep_outputs=count)
     # Only set 0 has a reference; for the rest it is enough to see that every launch wrote its output.
-    if not all(bool(torch.isfinite(output).all()) for output in replay.poisoned_outputs()):
+    replay.poisoned_outputs()
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in replay.tensors()):
         raise RuntimeError("a captured launch over cold inputs left part of its output unwritten or not finite")
     return replay
 

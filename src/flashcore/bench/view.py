@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flashcore.bench import work
 from flashcore.bench.artifact import Artifact, ContenderRecord, SeriesRecord, ShapeRecord
 from flashcore.bench.stats import Ratio
 from flashcore.bench.timing import Mode
@@ -36,6 +35,8 @@ def views(artifact: Artifact) -> list[View]:
         tables.append(grid_view(artifact, "device_cold"))
     if _was_timed(artifact, "eager_stream"):
         tables.append(call_view(artifact))
+    if any(contender.peak_bytes is not None for record in artifact.shapes for contender in record.contenders):
+        tables.append(memory_view(artifact))
     return tables
 
 
@@ -49,10 +50,12 @@ def shape_view(artifact: Artifact, record: ShapeRecord) -> View:
     on_gpu = mode == "device_warm"
     columns = ["contender", "device us p50 (p10-p90)" if on_gpu else "wall us p50 (p10-p90)"]
     columns += ["cold us", "eager us", "latency us"] if on_gpu else []
+    with_peak = any(contender.peak_bytes is not None for contender in record.contenders)
+    columns += ["peak MiB"] if with_peak else []
     columns += [unit_of([record]), "% of bound", f"x {record.baseline}" if record.baseline else "ratio", "verdict"]
     shown = [contender for contender in record.contenders if contender.status != "not timed"]
     ordered = sorted(shown, key=lambda c: s.stats.p50 if (s := c.find(mode)) else float("inf"))
-    rows = tuple(tuple(_shape_row(record, contender, mode)) for contender in ordered)
+    rows = tuple(tuple(_shape_row(record, contender, mode, with_peak)) for contender in ordered)
     bound = f"bound {figure(record.work.bound_us)} us ({record.work.bound_limit})"
     notes = [f"{bound}, from the peaks measured in this run: {peaks_text(artifact)}"]
     if on_gpu:
@@ -61,7 +64,12 @@ def shape_view(artifact: Artifact, record: ShapeRecord) -> View:
         notes.append(f"x {record.baseline}: its median over the row's, with a 95 % bootstrap interval; above 1 is faster")
     notes += [f"{c.name} is {c.detail}" for c in shown if c.kind == "ours" and c.detail]
     notes += [f"{c.name}: not timed: {c.reason}" for c in record.contenders if c.status == "not timed"]
-    return View(f"{record.shape.label} on {measured_where(artifact)}", tuple(columns), rows, (*notes, *_caveats(artifact)))
+    return View(
+        f"{_what(artifact)}{record.shape.label} on {measured_where(artifact)}",
+        tuple(columns),
+        rows,
+        (*notes, *_caveats(artifact)),
+    )
 
 
 def grid_view(artifact: Artifact, mode: Mode) -> View:
@@ -82,7 +90,7 @@ def grid_view(artifact: Artifact, mode: Mode) -> View:
         *_reasons(artifact),
         *_caveats(artifact),
     )
-    return View(f"{mode} on {measured_where(artifact)}", columns, tuple(rows), notes)
+    return View(f"{_what(artifact)}{mode} on {measured_where(artifact)}", columns, tuple(rows), notes)
 
 
 def call_view(artifact: Artifact) -> View:
@@ -97,7 +105,30 @@ def call_view(artifact: Artifact) -> View:
         "synchronisation after it",
         *_caveats(artifact),
     )
-    return View(f"eager_stream on {measured_where(artifact)}", ("shape", *names), tuple(rows), notes)
+    return View(f"{_what(artifact)}eager_stream on {measured_where(artifact)}", ("shape", *names), tuple(rows), notes)
+
+
+def memory_view(artifact: Artifact) -> View:
+    """The device memory of one forward and backward pass: one row a shape, one column a contender."""
+    names = dict.fromkeys(c.name for r in artifact.shapes for c in r.contenders if c.peak_bytes is not None)
+    rows = []
+    for record in artifact.shapes:
+        by_name = {contender.name: contender for contender in record.contenders}
+        rows.append((record.shape.label, *(_peak(by_name.get(name)) for name in names)))
+    notes = (
+        "each cell: MiB that one forward and backward pass takes at most beside q, k, v and do: what it returns, what it keeps "
+        "between the two and its workspace, by torch's caching allocator",
+    )
+    return View(f"peak memory on {measured_where(artifact)}", ("shape", *names), tuple(rows), notes)
+
+
+def _peak(contender: ContenderRecord | None) -> str:
+    return EMPTY if contender is None or contender.peak_bytes is None else figure(contender.peak_bytes / 2**20)
+
+
+def _what(artifact: Artifact) -> str:
+    """What of a call was timed, for a title."""
+    return {"fwd": "", "bwd": "backward: ", "fwdbwd": "forward and backward: "}[artifact.settings.direction]
 
 
 def unit_of(records: Sequence[ShapeRecord]) -> Unit:
@@ -106,8 +137,9 @@ def unit_of(records: Sequence[ShapeRecord]) -> Unit:
 
 
 def rate(record: ShapeRecord, us: float, unit: Unit) -> float:
-    """The rate of a launch that took `us` microseconds."""
-    return (work.tbytes if unit == "TB/s" else work.tflops)(record.shape, us)
+    """The rate of a launch that took `us` microseconds, of the work that the record's direction has."""
+    amount = record.work.min_bytes if unit == "TB/s" else record.work.flops
+    return amount / us * 1e-6
 
 
 def figure(value: float) -> str:
@@ -115,10 +147,11 @@ def figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _shape_row(record: ShapeRecord, contender: ContenderRecord, mode: Mode) -> list[str]:
+def _shape_row(record: ShapeRecord, contender: ContenderRecord, mode: Mode, with_peak: bool) -> list[str]:
     leading = contender.find(mode)
     extra: list[Mode] = ["device_cold", "eager_stream", "eager_latency"] if mode == "device_warm" else []
     cells = [contender.name, _spread(leading), *(_median(contender.find(other)) for other in extra)]
+    cells += [_peak(contender)] if with_peak else []
     if leading is None or contender.kind == "floor":
         cells += [EMPTY, EMPTY, EMPTY]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flashcore.bench.artifact import Artifact
     from flashcore.bench.runner import Request
     from flashcore.bench.shapes import Shape
+    from flashcore.bench.work import Direction
 
 MIN_ITERS = 10
 MAX_ITERS = 100_000
@@ -38,15 +39,17 @@ def bench(
     grid: Annotated[
         str | None,
         typer.Option(
-            help="small, fa (16k tokens, hidden 2048), decode, features (masks, head dims, fp32) or crossover (where our "
-            "kernels change places)."
+            help="small, fa (16k tokens, hidden 2048), fa-bwd (what a backward pass is held to), decode, features (masks, head "
+            "dims, fp32) or crossover (where our kernels change places)."
         ),
     ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Every shape causal, aligned bottom-right.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: the shape's own (fp16).")] = None,
     mask: Annotated[str | None, typer.Option(help="none, bool or additive: a random mask (B, 1, Sq, Sk).")] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Time only this contender. Repeatable.")] = None,
-    direction: Annotated[str, typer.Option(help="fwd.")] = "fwd",
+    direction: Annotated[
+        str, typer.Option(help="fwd; bwd: the backward pass alone, after a forward pass; fwdbwd: both.")
+    ] = "fwd",
     iters: Annotated[int, typer.Option(help="Samples of each contender.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the JSON artifact here.")] = None,
@@ -58,32 +61,35 @@ def bench(
 ) -> None:
     """Time attention on this machine: ours, every SDPA backend, FlexAttention, unfused, and what else is installed.
 
-    Every contender's output is checked against float64 on the very inputs it is timed on; none is timed that failed.
+    Every contender's output, or gradients, are checked against float64 on the very inputs it is timed on; none is timed that
+    failed.
     Exit code 1 when an implementation of ours failed, 2 for a bad argument.
     """
-    _check(direction, iters, out, plot)
+    timed = _direction(direction)
+    _check(iters, out, plot)
     shapes = _shapes(shape or [], grid, causal, dtype, mask)
 
     import torch
     from rich.console import Console
 
-    from flashcore.bench.bar import BARS
+    from flashcore.bench.bar import bars_of
     from flashcore.bench.contenders import select
     from flashcore.bench.report import print_report
     from flashcore.bench.runner import Request
 
-    chosen, left_out = select(impl or [], grid)
-    bar = BARS.get(grid or "")
+    chosen, left_out = select(impl or [], grid, timed)
+    bars = bars_of(grid, timed)
     request = Request(
         shapes=shapes,
         contenders=chosen,
         left_out=left_out,
         iters=iters,
         seed=seed,
-        eager=(bar is None or bar.times_calls) if eager is None else eager,
+        eager=(not bars or any(bar.times_calls for bar in bars)) if eager is None else eager,
         cold=cold,
         grid=grid,
-        retime=bar is not None and bar.both_orders,
+        retime=any(bar.both_orders for bar in bars),
+        direction=timed,
     )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     progress_console, console = Console(stderr=True), Console()
@@ -105,10 +111,16 @@ def bench(
         raise typer.Exit(1)
 
 
-def _check(direction: str, iters: int, out: Path | None, plot: Path | None) -> None:
+def _direction(text: str) -> Direction:
+    from flashcore.bench.work import Direction
+
+    if text not in get_args(Direction):
+        raise ArgumentValueError(f"direction: got {text!r}; allowed: {', '.join(get_args(Direction))}")
+    return cast("Direction", text)
+
+
+def _check(iters: int, out: Path | None, plot: Path | None) -> None:
     """Everything that can be refused before a GPU minute is spent."""
-    if direction != "fwd":
-        raise ArgumentValueError(f"direction: got {direction!r}; allowed: 'fwd' (there is no backward kernel yet)")
     if not MIN_ITERS <= iters <= MAX_ITERS:
         raise ArgumentValueError(f"iters: got {iters}; allowed: {MIN_ITERS} to {MAX_ITERS}")
     for name, path in (("out", out), ("plot", plot)):

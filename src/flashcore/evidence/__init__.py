@@ -1,7 +1,8 @@
 """What was verified and measured on GPUs, and what follows from it for a plan.
 
-The records of each GPU lie in a folder beside this file (`nvidia-h200/`): verify.json and bench-*.json as the commands wrote
-them, and index.json, the little of them that planning needs, made by `flashcore evidence` and never edited.
+The records of each GPU lie in a folder beside this file (`nvidia-h200/`): verify.json, verify-bwd.json (the gradients) and
+bench-*.json as the commands wrote them, and index.json, the little of them that planning needs, made by `flashcore evidence`
+and never edited.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from pydantic import BaseModel, ConfigDict
 
 from flashcore import torch_backend
 from flashcore.kernels.binding import Binding
-from flashcore.kernels.registry import BINDINGS
+from flashcore.kernels.registry import BACKWARDS, BINDINGS, KERNELS
 from flashcore.sources import kernel_hash
 from flashcore.spec import AttentionSpec, Band
 from flashcore.target import Target
 
 State = Literal["verified", "compiled", "experimental"]
+# What a call does: its forward pass, or with a gradient wanted the backward pass too.
+Direction = Literal["fwd", "fwdbwd"]
 
 FOLDER = Path(__file__).parent
 # Beyond a factor of four in work or parallelism from the nearest measured shape, nothing is claimed.
@@ -45,6 +48,8 @@ class Timing(BaseModel):
     # "half" (fp16 and bf16 take the same code) or "fp32"
     precision: Literal["half", "fp32"]
     mask: Literal["none", "bool", "additive"]
+    # what of a call was timed
+    direction: Direction = "fwd"
     us: dict[str, float]
 
 
@@ -58,7 +63,10 @@ class Peaks(BaseModel):
 
 
 class Index(BaseModel):
-    """The evidence of one GPU: kernel source hashes, the binaries that passed every case they met, and timings."""
+    """The evidence of one GPU: kernel source hashes, the binaries that passed every case they met, and timings.
+
+    The kernels and binaries of backward passes are among the others.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -114,38 +122,69 @@ class Comparison:
         return cls(winner, loser, f"{verdict}: {time:.1f} us against {best:.1f} for {against} at {where}")
 
 
-def compare(spec: AttentionSpec, target: Target, first: str, second: str) -> Comparison | None:
+def compare(spec: AttentionSpec, target: Target, first: str, second: str, *, direction: Direction = "fwd") -> Comparison | None:
     """Which of two implementations, by their `impl` names, a call is faster with; None where measurements do not say.
 
     Judges by the nearest shape of like features at which both were measured, no further than a factor of four away. Our own
     kernels are compared with one another by the measurements of another GPU of the same arch where this one has none, and
     calls with a window or a cap by calls without. The comparison with PyTorch speaks only of what was measured on this very
-    GPU and PyTorch has a fused kernel for: no cap, no window; with a mask, causal or neither.
+    GPU and PyTorch has a fused kernel for: no cap, no window; with a mask, causal or neither. direction: whether the forward
+    pass counts, or it and the backward pass.
     """
     if 0 in spec.output_shape or spec.seqlen_k == 0:
         return None
     with_torch = torch_backend.IMPL in (first, second)
-    if with_torch and not _sdpa_is_fused(spec):
+    if with_torch and not sdpa_is_fused(spec):
         return None
     contenders = tuple("sdpa-auto" if name == torch_backend.IMPL else f"flashcore-{name}" for name in (first, second))
-    bindings = [BINDINGS[name] for name in (first, second) if name != torch_backend.IMPL]
+    ours = [name for name in (first, second) if name != torch_backend.IMPL]
     # this GPU's own evidence first
     for index in sorted(indexes(), key=lambda index: index.gpu != target.name):
         if index.gpu != target.name and (with_torch or index.arch != target.arch):
             continue
-        if any(index.sources.get(binding.KERNEL) != kernel_hash(binding.KERNEL) for binding in bindings):
+        if any(index.sources.get(kernel) != kernel_hash(kernel) for name in ours for kernel in kernels_of(name, direction)):
             continue  # what was timed is not what would run
-        alike = (timing for timing in index.timings if timing.us.keys() >= set(contenders) and _alike(spec, timing))
+        alike = (
+            timing
+            for timing in index.timings
+            if timing.direction == direction and timing.us.keys() >= set(contenders) and _alike(spec, timing)
+        )
         for timing in sorted(alike, key=lambda timing: _distance(spec, timing)):
             if _distance(spec, timing) > MAX_DISTANCE:
                 break
-            if all(_same_binary(binding, spec, timing.head_dim, target) for binding in bindings):
+            if all(_same_binary(BINDINGS[name], spec, timing.head_dim, target) for name in ours):
                 us = [timing.us[contender] for contender in contenders]
                 return Comparison.of((first, us[0]), (second, us[1]), _where(spec, timing, index, target))
     return None
 
 
-def _sdpa_is_fused(spec: AttentionSpec) -> bool:
+def cost_of_determinism(spec: AttentionSpec, target: Target, impl: str) -> str | None:
+    """What bitwise equal gradients cost near a call, as measured on this very GPU; None where it was not."""
+    index, contenders = _of_gpu(target.name), (f"flashcore-{impl}", f"flashcore-{impl}-deterministic")
+    if index is None or 0 in spec.output_shape or spec.seqlen_k == 0:
+        return None
+    if any(index.sources.get(kernel) != kernel_hash(kernel) for kernel in kernels_of(impl, "fwdbwd")):
+        return None
+    timed = (timing for timing in index.timings if timing.direction == "fwdbwd" and timing.us.keys() >= set(contenders))
+    timing = min((one for one in timed if _alike(spec, one)), key=lambda one: _distance(spec, one), default=None)
+    if timing is None or _distance(spec, timing) > MAX_DISTANCE:
+        return None
+    usual, fixed = (timing.us[contender] for contender in contenders)
+    return f"{fixed / usual:.2f} times as long, forward and backward, at {_where(spec, timing, index, target)}"
+
+
+def kernels_of(impl: str, direction: Direction) -> tuple[str, ...]:
+    """The kernels that an implementation is made of which were timed in this direction; its gradients' shipped ones.
+
+    One without a backward pass has no gradients to be timed.
+    """
+    forward = (BINDINGS[impl].KERNEL,)
+    if direction == "fwd" or impl not in BACKWARDS:
+        return forward
+    return (*forward, *(kernel for kernel in BACKWARDS[impl].KERNELS if not KERNELS[kernel].on_demand))
+
+
+def sdpa_is_fused(spec: AttentionSpec) -> bool:
     """Whether torch_backend runs a call by SDPA with a kernel that takes its band: only that was measured."""
     if spec.softcap != 0 or spec.return_lse or not (spec.band == Band(None, None) or spec.square_causal):
         return False

@@ -7,13 +7,15 @@ from pathlib import Path
 from flashcore.bench.artifact import Artifact, load
 from flashcore.build.sets import BuiltSet
 from flashcore.errors import BinaryError
-from flashcore.evidence import FOLDER, Index, Peaks, Timing
+from flashcore.evidence import FOLDER, Direction, Index, Peaks, Timing, kernels_of
 from flashcore.kernels.registry import BINDINGS, KERNELS
 from flashcore.sources import kernel_hashes
 from flashcore.verify.record import VerifyRecord, read
 from flashcore.verify.subject import OURS
 
 SUITE = "all"
+# the record of the gradients, beside verify.json
+BACKWARD = "verify-bwd.json"
 
 
 def slug(gpu: str) -> str:
@@ -32,30 +34,53 @@ def artifacts(folder: Path) -> list[Artifact]:
 
 
 def make_index(folder: Path) -> Index:
-    """The index that the records of a folder add up to.
+    """The index that the records of a folder add up to. Gradients may not have been verified yet.
 
     Raises:
-        BinaryError: the verification record is no evidence: partial, interpreted, failing, or not from a GPU.
+        BinaryError: a verification record is no evidence: partial, interpreted, failing, not from a GPU or from another one.
     """
-    record = read(folder / "verify.json")
-    refuse = refusal(record)
-    if refuse is not None:
-        raise BinaryError(f"{folder / 'verify.json'}: {refuse}")
-    gpu = record.environment.gpu
+    forward = _evidence(folder / "verify.json", "fwd")
+    records = [forward]
+    if (folder / BACKWARD).exists():
+        records.append(_evidence(folder / BACKWARD, "bwd"))
+    gpu = forward.environment.gpu
     assert gpu is not None  # refusal() saw to it
-    passed = {sha256: binary for sha256, binary in sorted(record.binaries.items()) if not binary.failed}
-    # a kernel that the record has no binary of, because the GPU does not run it say, was not verified there
-    ran = {binary.kernel for binary in passed.values()} | {kernel.id for kernel in KERNELS.values() if not kernel.computes}
-    sources = {kernel: source for kernel, source in record.environment.kernel_sources.items() if kernel in ran}
+    sources: dict[str, str] = {}
+    verified: dict[str, tuple[str, int]] = {}
+    for record in records:
+        if record.device != forward.device:
+            raise BinaryError(f"{folder / BACKWARD}: is of {record.device}, and verify.json is of {forward.device}")
+        passed = {sha256: binary for sha256, binary in record.binaries.items() if not binary.failed}
+        # a kernel that the record has no binary of, because the GPU does not run it say, was not verified there
+        ran = {binary.kernel for binary in passed.values()} | {kernel.id for kernel in KERNELS.values() if not kernel.computes}
+        found = record.environment.kernel_sources
+        sources |= {kernel: source for kernel, source in found.items() if kernel in ran and kernel not in sources}
+        verified |= {sha256: (binary.specialisation or "", len(binary.passed)) for sha256, binary in passed.items()}
     measured = artifacts(folder)
     return Index(
         gpu=gpu.name,
         arch=_arch(gpu.arch),
         sources=sources,
-        verified={sha256: (binary.specialisation or "", len(binary.passed)) for sha256, binary in passed.items()},
+        verified=dict(sorted(verified.items())),
         peaks=_peaks(measured),
-        timings=_timings(measured, record.environment.kernel_sources),
+        timings=_timings(measured, _verified_sources(forward, records[-1])),
     )
+
+
+def _verified_sources(forward: VerifyRecord, backward: VerifyRecord) -> dict[str, str]:
+    """The sources that were there when each kernel was verified, or would have been had the GPU run it."""
+    of_calls = {binding.KERNEL for binding in BINDINGS.values()}
+    found = forward.environment.kernel_sources
+    return {**backward.environment.kernel_sources, **{name: source for name, source in found.items() if name in of_calls}}
+
+
+def _evidence(path: Path, direction: str) -> VerifyRecord:
+    """A verification record. Raises BinaryError when it is no evidence of this direction."""
+    record = read(path)
+    refuse = f"is of direction {record.direction}, not {direction}" if record.direction != direction else refusal(record)
+    if refuse is not None:
+        raise BinaryError(f"{path}: {refuse}")
+    return record
 
 
 def refusal(record: VerifyRecord) -> str | None:
@@ -88,18 +113,24 @@ def _peaks(measured: list[Artifact]) -> Peaks | None:
     return Peaks(matrix_tflops=rates, copy_tbytes=max(artifact.peaks.copy_tbytes for artifact in measured))
 
 
-def _stale(artifact: Artifact, verified: dict[str, str]) -> set[str]:
+def _stale(artifact: Artifact, direction: Direction, verified: dict[str, str]) -> set[str]:
     """The contenders of a benchmark of another source than was verified: they say nothing of this one."""
     timed = artifact.environment.kernel_sources
-    changed = {impl for impl, binding in BINDINGS.items() if timed.get(binding.KERNEL) != verified.get(binding.KERNEL)}
+    changed = {
+        impl for impl in BINDINGS if any(timed.get(kernel) != verified.get(kernel) for kernel in kernels_of(impl, direction))
+    }
+    names = {f"flashcore-{impl}{kind}" for impl in changed for kind in ("", "-deterministic")}
     # auto may have taken the kernel that changed
-    return {f"flashcore-{impl}" for impl in changed} | ({"flashcore"} if changed else set())
+    return names | ({"flashcore"} if changed else set())
 
 
 def _timings(measured: list[Artifact], verified: dict[str, str]) -> list[Timing]:
     timings = []
     for artifact in measured:
-        stale = _stale(artifact, verified)
+        direction = artifact.settings.direction
+        if direction == "bwd":
+            continue  # no call is a backward pass alone
+        stale = _stale(artifact, direction, verified)
         for record in artifact.shapes:
             us = {}
             for contender in record.contenders:
@@ -117,6 +148,7 @@ def _timings(measured: list[Artifact], verified: dict[str, str]) -> list[Timing]
                     causal=shape.causal,
                     precision="fp32" if shape.dtype == "fp32" else "half",
                     mask=shape.mask,
+                    direction=direction,
                     us=us,
                 )
             )

@@ -1,7 +1,8 @@
 """What is verified: a case is one call of attention, described by values alone, so the same on every machine.
 
 `mission_cases` are the 15 of the mission; the edge cases are in edge_cases.py, those for large tiles and persistent blocks
-in tile_cases.py, those for short sequences in short_cases.py, those that reach every shipped binary in shipped_cases.py.
+in tile_cases.py, those for short sequences in short_cases.py, those that reach every shipped binary in shipped_cases.py, and
+what only a backward pass shows in backward_cases.py.
 `inputs.py` turns a case into tensors.
 """
 
@@ -74,6 +75,8 @@ class Case:
 
     entry: which function is called; "sdpa" has torch's semantics, so its layout is "bhsd" and its causal top-left.
     dead_nan: keys and values that no query may attend hold NaN and inf.
+    dead_rows: of a backward pass, queries that may attend nothing, and the gradients of their outputs, do.
+    wrt: whose gradients a backward pass is asked for; "m", the mask's, where that is additive.
     needs_bytes: device memory wanted, 0 when negligible; a case that wants any runs on a GPU only.
     """
 
@@ -95,6 +98,8 @@ class Case:
     storage: Storage = "contiguous"
     distribution: Distribution = "normal"
     dead_nan: bool = False
+    dead_rows: bool = False
+    wrt: Literal["qkvm", "qkv", "q", "kv"] = "qkvm"
     return_lse: bool = True
     entry: Literal["attention", "sdpa"] = "attention"
     seed: int = 0
@@ -125,6 +130,8 @@ MISSION_SHAPES = {
 }
 MISSION_SEEDS = (0, 42, 12345)
 SUITES = ("mission", "edge", "tile", "short", "shipped", "all")
+# What a backward pass is put to: every case of the forward's, and these.
+BACKWARD_SUITES = ("mission", "edge", "tile", "short", "shipped", "backward", "all")
 
 
 def mission_cases() -> list[Case]:
@@ -146,27 +153,30 @@ def mission_cases() -> list[Case]:
     ]
 
 
-def select(suite: str = "all", only: str | None = None) -> list[Case]:
-    """The cases of a suite (one of SUITES) whose names match the glob `only`.
+def select(suite: str = "all", only: str | None = None, *, backward: bool = False) -> list[Case]:
+    """The cases of a suite (one of SUITES, or for a backward pass of BACKWARD_SUITES) whose names match the glob `only`.
 
     Raises:
         ArgumentValueError: there is no such suite, or the glob matches none of its cases.
     """
+    from flashcore.verify.backward_cases import backward_cases
     from flashcore.verify.edge_cases import edge_cases
     from flashcore.verify.shipped_cases import shipped_cases
     from flashcore.verify.short_cases import short_cases
     from flashcore.verify.tile_cases import tile_cases
 
-    if suite not in SUITES:
-        raise ArgumentValueError(f"suite: got {suite!r}; allowed: {', '.join(SUITES)}")
+    suites = BACKWARD_SUITES if backward else SUITES
+    if suite not in suites:
+        raise ArgumentValueError(f"suite: got {suite!r}; allowed: {', '.join(suites)}")
     groups = {
         "mission": mission_cases,
         "edge": edge_cases,
         "tile": tile_cases,
         "short": short_cases,
         "shipped": shipped_cases,
+        "backward": backward_cases,
     }
-    cases = [case for name, group in groups.items() if suite in (name, "all") for case in group()]
+    cases = [case for name, group in groups.items() if name in suites and suite in (name, "all") for case in group()]
     if only is None:
         return cases
     chosen = [case for case in cases if fnmatchcase(case.name, only)]

@@ -28,11 +28,12 @@ class Inputs:
 
 
 def build(case: Case, device: torch.device) -> Inputs:
-    """The tensors of `case` on `device`: values by its seed, memory by its storage."""
+    """The tensors of `case` on `device`: values by its seed, memory by its storage. On "meta" nothing is drawn."""
     generator = torch.Generator().manual_seed(case.seed)
-    q, k, v = _values(case, generator)
+    described = device.type == "meta"
+    q, k, v = _shapes(case) if described else _values(case, generator)
     mask = None if case.mask is None else _mask(case, case.mask, generator)
-    if case.dead_nan:
+    if case.dead_nan and not described:
         k, v = _spoil_dead(case, k, v, mask)
     if case.layout == "bhsd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -55,6 +56,14 @@ def _values(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch
         ramp = torch.linspace(0, 20, case.seqlen_k) / math.sqrt(case.head_dim)
         q, k = 1 + 0.1 * q, ramp[None, :, None, None] + 0.3 * k
     return q.to(case.dtype), k.to(case.dtype), v.to(case.dtype)
+
+
+def _shapes(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `_values` draws, without memory."""
+    batch = min(1, case.batch) if case.storage == "expanded" else case.batch
+    q = torch.empty(batch, case.seqlen_q, case.heads_q, case.head_dim, dtype=case.dtype, device="meta")
+    k = torch.empty(batch, case.seqlen_k, case.heads_k, case.head_dim, dtype=case.dtype, device="meta")
+    return q, k, torch.empty(batch, case.seqlen_k, case.heads_k, case.dim_v, dtype=case.dtype, device="meta")
 
 
 def _mask(case: Case, mask: MaskCase, generator: torch.Generator) -> torch.Tensor:
@@ -136,6 +145,13 @@ def _place(
         return _place_far(case, tensors, device)
     q, k, v = (_place_one(case, x, device) for x in tensors)
     return q, k, v
+
+
+def place_like_inputs(case: Case, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A further tensor of a case, of rank 4 in its layout, in memory like the inputs' where one tensor alone can have it so."""
+    if case.storage in ("packed", "far_batch", "far_sequence"):
+        return x.contiguous().to(device)
+    return _place_one(case, x, device)
 
 
 def _place_one(case: Case, x: torch.Tensor, device: torch.device) -> torch.Tensor:

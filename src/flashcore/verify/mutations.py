@@ -6,15 +6,16 @@ PyTorch or a kernel of ours; those of its inside (`INSIDE`) are made in the plai
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import Any
 
 import torch
 
 from flashcore.verify.cases import Case
-from flashcore.verify.suite import CaseResult, Implementation, judge, prepare
+from flashcore.verify.suite import CaseResult, Implementation, Judge, Prepare, judge, prepare
 
 # Narrow, so that all shapes but the smallest take several tiles.
 _BLOCK_N = 32
@@ -40,7 +41,7 @@ INSIDE = (Mutation.DROPPED_RESCALE, Mutation.STALE_TILE)
 class MutationResult:
     """mutation None is the unmutated implementation, which is as it should be when nothing failed."""
 
-    mutation: Mutation | None
+    mutation: Enum | None
     cases: int
     failed: tuple[CaseResult, ...]
 
@@ -68,20 +69,33 @@ def run_mutations(
     progress: Callable[[], None] = lambda: None,
 ) -> Iterator[MutationResult]:
     """Judge the unmutated implementation and each mutation on the cases that it takes; `progress` is called after each."""
-    versions: list[Mutation | None] = [None, *Mutation]
-    failed: dict[Mutation | None, list[CaseResult]] = {version: [] for version in versions}
+    versions = {version: implementation(version, right) for version in (None, *Mutation)}
+    yield from run_versions(cases, device, versions, (prepare, judge), progress)
+
+
+def run_versions(
+    cases: Sequence[Case],
+    device: torch.device,
+    versions: Mapping[Any, Implementation],
+    steps: tuple[Prepare, Judge],
+    progress: Callable[[], None],
+) -> Iterator[MutationResult]:
+    """Judge an implementation, the first of the versions and called None, and its mutations on the cases that it takes."""
+    prepare_case, judge_case = steps
+    failed: dict[Any, list[CaseResult]] = {version: [] for version in versions}
     taken = 0
     for case in cases:
-        prepared = prepare(case, device)
-        if right is None or right.reject(case, prepared.inputs) is None:
-            taken += 1
-            for version in versions:
-                result = judge(prepared, implementation(version, right))
-                if result.verdict != "passed":
-                    failed[version].append(result)
         progress()
-    for version in versions:
-        yield MutationResult(version, taken, tuple(failed[version]))
+        prepared = prepare_case(case, device)
+        for version, one in versions.items():
+            result = judge_case(prepared, one)
+            if version is None and result.verdict == "rejected":
+                break
+            taken += version is None
+            if result.verdict != "passed":
+                failed[version].append(result)
+    for version, its in failed.items():
+        yield MutationResult(version, taken, tuple(its))
 
 
 def _mutated(

@@ -17,10 +17,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from flashcore.environment import Environment, collect
-from flashcore.verify.suite import VERDICTS, CaseResult, Verdict
+from flashcore.verify.suite import VERDICTS, CaseResult, Ran, Verdict
 from flashcore.verify.tolerance import Comparison
 
-SCHEMA_VERSION: Literal[1] = 1
+# 2: the backward pass. A record of 1 is one of 2 that has nothing of it, so both are read.
+SCHEMA_VERSION: Literal[2] = 2
+
+Direction = Literal["fwd", "bwd"]
 
 
 class _Model(BaseModel):
@@ -35,10 +38,20 @@ class Error(_Model):
     bound: float | None
 
 
+class LaunchRecord(_Model):
+    """One launch of a backward pass; binary_sha256 is None where it was interpreted."""
+
+    kernel: str | None
+    specialisation: str | None
+    binary_sha256: str | None
+
+
 class CaseRecord(_Model):
     """One case under one implementation. output and lse are None where nothing was compared; reason is "" when it passed.
 
     implementation is the one that was asked for, impl the one that the plan of the call named; they differ under "auto".
+    gradients, by name, and launches are of a backward pass, reproducible says whether its runs are meant to be bitwise equal;
+    kernel, specialisation and binary_sha256 are a forward call's.
     """
 
     name: str
@@ -53,6 +66,9 @@ class CaseRecord(_Model):
     kernel: str | None
     specialisation: str | None
     binary_sha256: str | None
+    gradients: dict[str, Error] = {}
+    launches: tuple[LaunchRecord, ...] = ()
+    reproducible: bool | None = None
     seconds: float
 
 
@@ -68,12 +84,14 @@ class BinaryRecord(_Model):
 class VerifyRecord(_Model):
     """A whole run. `binaries` is keyed by SHA-256; it is empty where kernels were interpreted.
 
+    direction: whether forward calls were judged, or the gradients of the backward passes.
     implementation is what was asked for: one by name, or verify/subject.py's OURS for every kernel of ours. The counts are
     of the records in `cases`. environment holds the time, the command line and the hash of each kernel's source. suite and
     only say which cases were asked for, so that a partial run cannot pass for a full one.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
+    direction: Direction = "fwd"
     environment: Environment
     implementation: str
     device: str
@@ -97,10 +115,12 @@ def write(
     interpreted: bool,
     suite: str,
     only: str | None,
+    direction: Direction = "fwd",
 ) -> VerifyRecord:
     """Write the results to `path` as JSON, whole or not at all, and return what was written."""
     record = VerifyRecord(
         schema_version=SCHEMA_VERSION,
+        direction=direction,
         environment=collect(),
         implementation=implementation,
         device=device,
@@ -135,25 +155,38 @@ def read(path: Path) -> VerifyRecord:
     return VerifyRecord.model_validate_json(path.read_text())
 
 
+def _launches(result: CaseResult) -> tuple[Ran, ...]:
+    """What ran of the pass that was judged."""
+    if result.backward is not None:
+        return result.backward.launches
+    return () if result.ran is None else (result.ran,)
+
+
 def _binaries(results: Sequence[CaseResult]) -> dict[str, BinaryRecord]:
-    by_hash: dict[str, list[CaseResult]] = {}
+    by_hash: dict[str, tuple[Ran, list[CaseResult]]] = {}
     for result in results:
-        if result.ran is not None and result.ran.binary_sha256 is not None:
-            by_hash.setdefault(result.ran.binary_sha256, []).append(result)
-    binaries = {}
-    for sha256, its in by_hash.items():
-        ran = its[0].ran
-        binaries[sha256] = BinaryRecord(
-            kernel=ran.kernel if ran else None,
-            specialisation=ran.specialisation if ran else None,
-            passed=tuple(result.case.name for result in its if result.verdict == "passed"),
-            failed=tuple(result.case.name for result in its if result.verdict == "failed"),
+        for ran in _launches(result):
+            if ran.binary_sha256 is not None:
+                by_hash.setdefault(ran.binary_sha256, (ran, []))[1].append(result)
+    return {
+        sha256: BinaryRecord(
+            kernel=ran.kernel,
+            specialisation=ran.specialisation,
+            passed=_names(its, "passed"),
+            failed=_names(its, "failed"),
         )
-    return binaries
+        for sha256, (ran, its) in by_hash.items()
+    }
+
+
+def _names(results: Sequence[CaseResult], verdict: Verdict) -> tuple[str, ...]:
+    """The cases of this verdict, each once: a binary may run in it under two implementations, or twice in a pass."""
+    return tuple(dict.fromkeys(result.case.name for result in results if result.verdict == verdict))
 
 
 def _case(result: CaseResult) -> CaseRecord:
-    ran = result.ran
+    ran, backward = result.ran, result.backward
+    named = ran or backward
     return CaseRecord(
         name=result.case.name,
         implementation=result.implementation,
@@ -162,10 +195,16 @@ def _case(result: CaseResult) -> CaseRecord:
         output=_error(result.output),
         lse=_error(result.lse),
         bitwise_equal=result.bitwise_equal,
-        impl=ran.impl if ran else None,
+        impl=named.impl if named else None,
         kernel=ran.kernel if ran else None,
         specialisation=ran.specialisation if ran else None,
         binary_sha256=ran.binary_sha256 if ran else None,
+        gradients={name: error for name, its in result.gradients.items() if (error := _error(its)) is not None},
+        launches=tuple(
+            LaunchRecord(kernel=one.kernel, specialisation=one.specialisation, binary_sha256=one.binary_sha256)
+            for one in (backward.launches if backward else ())
+        ),
+        reproducible=backward.reproducible if backward else None,
         seconds=round(result.seconds, 4),
     )
 

@@ -9,12 +9,13 @@ import flashcore
 from flashcore.errors import ArgumentValueError
 from flashcore.kernels.binding import Binding
 from flashcore.kernels.registry import BINDINGS
+from flashcore.kernels.specialisation import Specialisation
 from flashcore.plan import IMPLS, Plan
 from flashcore.runtime import engine
 from flashcore.spec import AttentionSpec, Options
 from flashcore.target import Target
 from flashcore.verify.cases import Case
-from flashcore.verify.inputs import Inputs
+from flashcore.verify.inputs import Inputs, build
 from flashcore.verify.suite import Implementation
 
 # Every kernel of ours, each case under all of them that take it: what evidence is made of.
@@ -44,10 +45,20 @@ def _implementation(impl: str) -> Implementation:
     # torch's signature has no impl, and auto would pass over a kernel that has no evidence yet: a named one is reached
     # by what scaled_dot_product_attention itself calls.
     named = Implementation(impl, attention, partial(_sdpa, impl), explain, partial(_explain_sdpa, impl))
-    return replace(named, reject=partial(_reject, BINDINGS[impl])) if impl in BINDINGS else named
+    if impl not in BINDINGS:
+        return named
+    return replace(named, reject=partial(reject, BINDINGS[impl]), binaries=partial(_binaries, BINDINGS[impl]))
 
 
-def _reject(binding: Binding, case: Case, inputs: Inputs) -> str | None:
+def _binaries(binding: Binding, case: Case, target: Target) -> tuple[Specialisation, ...]:
+    """The one that a case takes, none where the kernel does not take it."""
+    spec = spec_of(case, build(case, torch.device("meta")))
+    if target.arch is None or binding.reject(spec, target.arch, False) is not None:
+        return ()
+    return (binding.specialise_call(spec, target.arch, target.sm_count),)
+
+
+def reject(binding: Binding, case: Case, inputs: Inputs) -> str | None:
     """Why a kernel does not take a case on the inputs' device. That it has no binary for it would be no such reason."""
     spec = spec_of(case, inputs)
     target = Target.of(spec.device)

@@ -4,8 +4,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 
@@ -15,6 +15,11 @@ from flashcore.verify.inputs import Inputs, build
 from flashcore.verify.poison import poisoned_memory
 from flashcore.verify.tolerance import Comparison, compare_lse, compare_output
 from flashcore.verify.watchdog import watchdog
+
+if TYPE_CHECKING:
+    from flashcore.kernels.specialisation import Specialisation as Compilable
+    from flashcore.target import Target
+    from flashcore.verify.backward_inputs import BackwardInputs
 
 RUNS = 3
 # The largest case computes for well under a second; a first call may compile, which takes some tens.
@@ -53,7 +58,9 @@ class Implementation:
     attention has the signature of `flashcore.attention` without impl (already bound), sdpa that of torch's
     scaled_dot_product_attention; explain and explain_sdpa take the same arguments and return the plan of the call.
     Without sdpa the cases of that entry are skipped, without explain results name no binary. reject says why it does not
-    take a case, or None when it does; a call that raises in spite of that has failed.
+    take a case, or None when it does; a call that raises in spite of that has failed. Of the backward pass,
+    reject_backward says so too, where it differs, and explain_backward what makes the gradients. binaries: those that a case
+    takes on a GPU, so that they can be compiled ahead.
     """
 
     name: str
@@ -62,6 +69,9 @@ class Implementation:
     explain: Callable[..., Plan] | None = None
     explain_sdpa: Callable[..., Plan] | None = None
     reject: Callable[[Case, Inputs], str | None] = lambda case, inputs: None
+    reject_backward: "Callable[[BackwardInputs], str | None] | None" = None
+    explain_backward: "Callable[[BackwardInputs], BackwardRan] | None" = None
+    binaries: "Callable[[Case, Target], tuple[Compilable, ...]]" = lambda case, target: ()
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,18 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class BackwardRan:
+    """What made a case's gradients: its launches in order, and whether runs are meant to be bitwise equal."""
+
+    impl: str
+    launches: tuple[Ran, ...]
+    reproducible: bool
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """What came of one case under one implementation, by name. reason is "" when it passed; output and lse are None where
-    nothing was compared."""
+    nothing was compared. gradients, by name, and backward are of a backward pass, ran is of a forward call."""
 
     case: Case
     implementation: str
@@ -87,6 +106,8 @@ class CaseResult:
     lse: Comparison | None = None
     bitwise_equal: bool | None = None
     ran: Ran | None = None
+    gradients: dict[str, Comparison] = field(default_factory=dict)
+    backward: BackwardRan | None = None
     seconds: float = 0.0
 
 
@@ -118,30 +139,49 @@ def prepare(case: Case, device: torch.device) -> Prepared:
     return Prepared(case, inputs, ref, lse, twin)
 
 
-def run_suite(cases: Sequence[Case], implementations: Sequence[Implementation], device: torch.device) -> Iterator[CaseResult]:
+# What is done of a case: its tensors and what is expected, and one implementation's result from these.
+Prepare = Callable[[Case, torch.device], Any]
+Judge = Callable[[Any, Implementation], CaseResult]
+
+
+def run_suite(
+    cases: Sequence[Case],
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    steps: tuple[Prepare, Judge] | None = None,
+) -> Iterator[CaseResult]:
     """Run the cases one after the other, each under every implementation, yielding each result as it comes."""
     for case in cases:
-        yield from run_case(case, implementations, device)
+        yield from run_case(case, implementations, device, steps)
 
 
-def run_case(case: Case, implementations: Sequence[Implementation], device: torch.device) -> list[CaseResult]:
-    """Prepare one case and judge it under each implementation, in order. On a GPU a hang ends the process (watchdog.py)."""
+def run_case(
+    case: Case,
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    steps: tuple[Prepare, Judge] | None = None,
+) -> list[CaseResult]:
+    """Prepare one case and judge it under each implementation, in order. On a GPU a hang ends the process (watchdog.py).
+
+    `steps` are those of a forward call unless others are given (backward_suite.py).
+    """
+    prepare_case, judge_case = steps or (prepare, judge)
     reasons = {implementation.name: _why_skip(case, implementation, device) for implementation in implementations}
     if all(reasons.values()):
         return [CaseResult(case, name, "skipped", reason) for name, reason in reasons.items()]
     results = []
     try:
         with _guard(case, "its inputs and the float64 result", device):
-            prepared = prepare(case, device)
+            prepared = prepare_case(case, device)
         for implementation in implementations:
             skip = reasons[implementation.name]
             if skip:
                 results.append(CaseResult(case, implementation.name, "skipped", skip))
                 continue
             with _guard(case, implementation.name, device):
-                results.append(judge(prepared, implementation))
+                results.append(judge_case(prepared, implementation))
     except Exception as error:  # the suite goes on to the next case; the text is the result
-        results = [CaseResult(case, name, "failed", _describe(error)) for name in reasons]
+        results = [CaseResult(case, name, "failed", describe(error)) for name in reasons]
     finally:
         if device.type == "cuda" and case.needs_bytes:
             torch.cuda.empty_cache()
@@ -164,27 +204,27 @@ def judge(prepared: Prepared, implementation: Implementation) -> CaseResult:
             return CaseResult(case, name, "rejected", refusal)
         explain = implementation.explain_sdpa if case.entry == "sdpa" else implementation.explain
         if explain is not None:
-            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
+            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **arguments(case, inputs)))
         if case.dead_nan and ran is not None and ran.impl == "torch":
             why = "run by PyTorch, in which NaN in a masked key may reach the output"
             return CaseResult(case, name, "skipped", why, ran=ran)
         before = _fingerprint(inputs)
         with poisoned_memory(device):
-            out, lse = _call(prepared, implementation)
+            out, lse = call(case, inputs, implementation)
             bitwise_equal = True
             for _ in range(RUNS - 1):
-                again, lse_again = _call(prepared, implementation)
-                bitwise_equal = bitwise_equal and _same_bits(out, again) and _same_bits(lse, lse_again)
+                again, lse_again = call(case, inputs, implementation)
+                bitwise_equal = bitwise_equal and same_bits(out, again) and same_bits(lse, lse_again)
                 del again, lse_again
         seconds = time.perf_counter() - started
         if explain is not None:
             # Again: the hash of a binary that was compiled on demand is known only now.
-            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **_arguments(prepared)))
+            ran = _ran(explain(inputs.q, inputs.k, inputs.v, **arguments(case, inputs)))
         reasons = _contract_breaches(prepared, out, lse, before)
         output = compare_output(out, prepared.ref, prepared.twin)
         lse_result = None if lse is None else compare_lse(lse, prepared.lse, case.dtype)
     except Exception as error:  # a case that raises has failed, and says how
-        return CaseResult(case, name, "failed", _describe(error), ran=ran, seconds=time.perf_counter() - started)
+        return CaseResult(case, name, "failed", describe(error), ran=ran, seconds=time.perf_counter() - started)
 
     if not output.passed:
         reasons.append(f"output: {output.reason}")
@@ -218,21 +258,12 @@ def _why_skip(case: Case, implementation: Implementation, device: torch.device) 
     return ""
 
 
-def _call(prepared: Prepared, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor | None]:
+def call(case: Case, inputs: Inputs, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One call, finished on the device: (o, lse), or (o, None) where the case asks for no LSE."""
-    case, inputs = prepared.case, prepared.inputs
-    if case.entry == "sdpa":
-        assert implementation.sdpa is not None, "run_case skips these"
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = implementation.sdpa(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            **_arguments(prepared),
-        )
-    else:
-        result = implementation.attention(inputs.q, inputs.k, inputs.v, **_arguments(prepared))
-    if inputs.q.device.type == "cuda":
-        torch.cuda.synchronize(inputs.q.device)
+    function = implementation.sdpa if case.entry == "sdpa" else implementation.attention
+    assert function is not None, "run_case skips these"
+    result = function(inputs.q, inputs.k, inputs.v, **arguments(case, inputs))
+    synchronize(inputs.q.device)
     if case.return_lse:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"return_lse=True gave {type(result).__name__}, not (o, lse)")
@@ -242,19 +273,24 @@ def _call(prepared: Prepared, implementation: Implementation) -> tuple[torch.Ten
     return result, None
 
 
-def _arguments(prepared: Prepared) -> dict[str, object]:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched, so that a fault or a hang shows where it was made."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def arguments(case: Case, inputs: Inputs) -> dict[str, object]:
     """The keyword arguments of the case's entry."""
-    case = prepared.case
     if case.entry == "sdpa":
         return {
-            "attn_mask": prepared.inputs.attn_mask,
+            "attn_mask": inputs.attn_mask,
             "is_causal": case.causal,
             "scale": case.scale,
             "enable_gqa": case.heads_q != case.heads_k,
         }
     return {
         **case.options,
-        "attn_mask": prepared.inputs.attn_mask,
+        "attn_mask": inputs.attn_mask,
         "return_lse": case.return_lse,
         "layout": case.layout,
     }
@@ -273,19 +309,22 @@ def _contract_breaches(
     storages = {x.untyped_storage().data_ptr() for x in (inputs.q, inputs.k, inputs.v)}
     if out.numel() and out.untyped_storage().data_ptr() in storages:
         breaches.append("the output shares memory with an input")
-    if not all(map(_same_bits, before, _fingerprint(inputs))):
+    if not all(map(same_bits, before, _fingerprint(inputs))):
         breaches.append("an input was modified")
     return breaches
 
 
 def _fingerprint(inputs: Inputs) -> list[torch.Tensor]:
-    """Copies of the inputs' values (not of their storage, which may span gigabytes; stride 0 is not materialised)."""
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.attn_mask)
+    return fingerprint(inputs.q, inputs.k, inputs.v, inputs.attn_mask)
+
+
+def fingerprint(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """Copies of the tensors' values (not of their storage, which may span gigabytes; stride 0 is not materialised)."""
     present = [x for x in tensors if x is not None]
     return [x[:1].clone() if x.dim() and x.shape[0] > 1 and x.stride(0) == 0 else x.clone() for x in present]
 
 
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Bitwise equality, NaN included; one batch entry at a time to bound memory."""
     if a is None or b is None:
         return a is b
@@ -304,7 +343,7 @@ def _ran(plan: Plan) -> Ran:
     return Ran(plan.impl, plan.kernel, specialisation, plan.binary_sha256)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """The error in words, with the innermost line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""

@@ -9,6 +9,11 @@ Two bounds on the output, and both must hold:
   sums done in, the inputs' dtype: twice what one rounding at the outputs' magnitude can do. The floor alone would let a
   scale error of 4 to 11 percent through.
 
+A gradient: the gate alone, its twin being autograd of the twin; gradients have no scale that a floor could be set by. The gate
+is nothing where a gradient cancels (of a row with a single key it is 0 whatever q is, and the twin's exactly so), while float32
+sums of its terms leave what they round by. So the bound is never below GRADIENT_ROUNDING times the largest sum of its terms'
+magnitudes, in which a weight counts with what it is the exponential of (the log-sum-exp that a kernel keeps is a float32).
+
 The log-sum-exp: exactly -inf where the reference is, finite elsewhere, and within LSE_ATOL or LSE_RELATIVE of it,
 whichever is larger. Every comparison is written so that NaN fails it. Nothing elsewhere may loosen these.
 """
@@ -37,6 +42,10 @@ LSE_RELATIVE = {
     torch.float32: 16 * torch.finfo(torch.float32).eps,
 }
 
+# Gradients, relative to the terms that they are sums of (reference_gradients.terms): the unit roundoff of float32, once. Beside
+# what half inputs round by it is nothing, and TF32 would be off by 2^13 times as much.
+GRADIENT_ROUNDING = torch.finfo(torch.float32).eps / 2
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -48,18 +57,78 @@ class Comparison:
     passed: bool
     reason: str
 
+    @property
+    def share(self) -> float:
+        """How much of its bound the error takes; infinite where it did not pass."""
+        if not self.passed:
+            return math.inf
+        return self.max_abs / self.bound if self.bound else 0.0
+
 
 def compare_output(out: torch.Tensor, ref: torch.Tensor, twin: torch.Tensor) -> Comparison:
     """Judge `out` by both bounds. ref: float64, finite, out's shape. twin: as ref in shape, in the inputs' dtype.
 
     Raises ValueError when ref or twin cannot judge anything (not finite, other shapes): that is a fault of the suite.
     """
+    _check_references(ref, twin)
+    if out.shape != ref.shape or out.dtype != twin.dtype:
+        return _unlike(out, tuple(ref.shape), twin.dtype)
+    measured = _measure(out, ref, twin)
+    failures = measured.failures()
+    if not measured.max_abs < FLOOR_MAX_ABS:
+        failures.append(f"max error {measured.max_abs:.3g} is not below {FLOOR_MAX_ABS}")
+    if not measured.mean_abs < FLOOR_MEAN_ABS:
+        failures.append(f"mean error {measured.mean_abs:.3g} is not below {FLOOR_MEAN_ABS}")
+    gate = measured.gate
+    if not measured.max_abs <= gate:
+        failures.append(measured.above(gate))
+    return Comparison(measured.max_abs, measured.mean_abs, min(gate, FLOOR_MAX_ABS), not failures, "; ".join(failures))
+
+
+def compare_gradient(out: torch.Tensor, ref: torch.Tensor, twin: torch.Tensor, terms: float) -> Comparison:
+    """Judge a gradient as `compare_output` does, by the gate alone. terms: the largest sum of its terms' magnitudes.
+
+    Raises ValueError as `compare_output` does.
+    """
+    _check_references(ref, twin)
+    if out.shape != ref.shape or out.dtype != twin.dtype:
+        return _unlike(out, tuple(ref.shape), twin.dtype)
+    measured = _measure(out, ref, twin)
+    failures = measured.failures()
+    bound = max(measured.gate, GRADIENT_ROUNDING * terms)
+    if not measured.max_abs <= bound:
+        failures.append(measured.above(bound))
+    return Comparison(measured.max_abs, measured.mean_abs, bound, not failures, "; ".join(failures))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A tensor's distance from its reference, the twin's, and what one rounding at the reference's magnitude can do."""
+
+    max_abs: float
+    mean_abs: float
+    twin_abs: float
+    rounding: float
+    finite: bool
+
+    @property
+    def gate(self) -> float:
+        return TWIN_FACTOR * self.twin_abs + 2.0 * self.rounding
+
+    def failures(self) -> list[str]:
+        return [] if self.finite else ["not finite everywhere (or never written)"]
+
+    def above(self, bound: float) -> str:
+        return f"max error {self.max_abs:.3g} is above {bound:.3g} (2x PyTorch's own {self.twin_abs:.3g}, plus rounding)"
+
+
+def _check_references(ref: torch.Tensor, twin: torch.Tensor) -> None:
     if ref.dtype != torch.float64 or twin.shape != ref.shape:
         raise ValueError(f"the reference is {ref.dtype} {tuple(ref.shape)}, its twin {tuple(twin.shape)}")
-    dtype = twin.dtype
-    if out.shape != ref.shape or out.dtype != dtype:
-        return _unlike(out, tuple(ref.shape), dtype)
 
+
+def _measure(out: torch.Tensor, ref: torch.Tensor, twin: torch.Tensor) -> _Measured:
+    """The distances of tensors of one shape; `out` and `twin` of one dtype."""
     max_abs = twin_abs = rounding = total = 0.0
     finite = True
     # One batch entry at a time: the largest case's output alone is past 2^31 elements.
@@ -73,21 +142,9 @@ def compare_output(out: torch.Tensor, ref: torch.Tensor, twin: torch.Tensor) -> 
         max_abs = _worse(max_abs, error.max().item())
         total += error.sum().item()
         twin_abs = max(twin_abs, (twin_b.to(torch.float64) - ref_b).abs().max().item())
-        rounded = ref_b.to(dtype)
+        rounded = ref_b.to(twin.dtype)
         rounding = max(rounding, (((rounded + 0.3) - 0.3) - rounded).abs().max().item())
-
-    mean_abs = total / max(1, out.numel())
-    gate = TWIN_FACTOR * twin_abs + 2.0 * rounding
-    failures = []
-    if not finite:
-        failures.append("not finite everywhere (or never written)")
-    if not max_abs < FLOOR_MAX_ABS:
-        failures.append(f"max error {max_abs:.3g} is not below {FLOOR_MAX_ABS}")
-    if not mean_abs < FLOOR_MEAN_ABS:
-        failures.append(f"mean error {mean_abs:.3g} is not below {FLOOR_MEAN_ABS}")
-    if not max_abs <= gate:
-        failures.append(f"max error {max_abs:.3g} is above {gate:.3g} (2x PyTorch's own {twin_abs:.3g}, plus rounding)")
-    return Comparison(max_abs, mean_abs, min(gate, FLOOR_MAX_ABS), not failures, "; ".join(failures))
+    return _Measured(max_abs, total / max(1, out.numel()), twin_abs, rounding, finite)
 
 
 def compare_lse(lse: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype) -> Comparison:
