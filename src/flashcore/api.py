@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from flashcore import ops, torch_backend
-from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError, UnsupportedError
+from flashcore import ops
+from flashcore.autocast import under_autocast
+from flashcore.errors import ArgumentTypeError, ArgumentValueError, FlashCoreError
 from flashcore.plan import Plan, check_impl, only_torch
 from flashcore.runtime import engine
 from flashcore.runtime.fast_path import Calls, memory, plain, recall, typed
 from flashcore.spec import DTYPES, MAX_HEAD_DIM, Options, check_tensors, needs_grad, shown
 
 _attention_calls, _sdpa_calls = memory(), memory()
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def attention(
@@ -31,6 +33,7 @@ def attention(
     return_lse: bool = False,
     layout: str = "bshd",
     impl: str = "auto",
+    deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v, fused, with FlashAttention's conventions (Dao 2023, arXiv:2307.08691).
 
@@ -38,6 +41,12 @@ def attention(
     with nothing to attend gives output 0 and lse -inf. A key or value that no query may attend never reaches the output,
     NaN and inf included; a NaN in a value that some rows attend may reach other rows of the same tile. That is the promise of
     our kernels: where auto hands a call to PyTorch (`explain` says so), PyTorch's behaviour holds.
+
+    Differentiable in q, k, v and an additive mask, through both outputs. Kept for the backward pass are the inputs, the output
+    and the log-sum-exp; nothing of size Sq x Sk is made. Gradients are contiguous, in the dtype of what they are the gradient
+    of, a mask's in its own shape; dk and dv are summed over the heads that share a key. An output's gradient whose last stride
+    is not 1, or that is expanded or unaligned, is copied once. A second derivative and torch.func's transforms are PyTorch's
+    alone. Under torch.autocast, inputs are cast as PyTorch casts those of its own attention: all floating ones but float64.
 
     Args:
         q: (B, Sq, Hq, D) for layout "bshd", (B, Hq, Sq, D) for "bhsd"; float16, bfloat16 or float32.
@@ -53,28 +62,34 @@ def attention(
         return_lse: also return the natural log-sum-exp of each row's scores.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         impl: "auto" picks the fastest by evidence, PyTorch included, and `explain` shows which and why. "hopper" (sm_90a:
-            H100, H200), "portable" (sm_80 to sm_121) or "torch" runs that one or raises.
+            H100, H200), "portable" (sm_80 to sm_121) or "torch" runs that one or raises. The same one runs the backward pass;
+            "small" (sm_90a) has none. With a gradient, auto takes ours where forward and backward together were measured to
+            be as fast as PyTorch's, or where PyTorch has no fused kernel for the call.
+        deterministic: of gradients only. True: bitwise equal from run to run. False: sums may be made by atomics, whose order
+            no two runs share. None: what torch.use_deterministic_algorithms says when the call is made.
 
     Returns:
         o, contiguous where a kernel of ours made it, in q's dtype and layout, or (o, lse) with lse (B, Hq, Sq) float32.
 
     Raises:
         ArgumentTypeError (a TypeError), ArgumentValueError (a ValueError): names the argument, what came, what is allowed.
-        UnsupportedError (a NotImplementedError): the named impl cannot run this call on this device.
+        UnsupportedError (a NotImplementedError): the named impl cannot run this call, or its backward pass, on this device;
+            also a second derivative of our gradients, when it is asked for.
     """
+    if _any_autocast():
+        q, k, v, attn_mask = under_autocast(q, k, v, attn_mask)
     calls = None
     if not is_compiling():
         sides = window if window is None else typed(window)
         try:
-            calls = _attention_calls(causal, scale, sides, softcap, return_lse, layout, impl)
+            calls = _attention_calls(causal, scale, sides, softcap, return_lse, layout, impl, deterministic)
         except TypeError:  # not hashable: validation says what is wrong with it
             calls = {}
         found = recall(calls, q, k, v, attn_mask)
         if found is not None:
             return found if return_lse else found[0]  # type: ignore[return-value]  # lse is a tensor where it was asked for
-    o, lse = _dispatch(
-        q, k, v, attn_mask, causal, scale, window, softcap, return_lse, layout, top_left=False, impl=impl, calls=calls
-    )
+    options = (causal, scale, window, softcap, return_lse, layout, impl, deterministic)
+    o, lse = _dispatch(q, k, v, attn_mask, *options, top_left=False, calls=calls)
     return (o, lse) if return_lse else o  # type: ignore[return-value]  # lse is a tensor where it was asked for
 
 
@@ -91,9 +106,18 @@ def explain(
     return_lse: bool = False,
     layout: str = "bshd",
     impl: str = "auto",
+    deterministic: bool | None = None,
 ) -> Plan:
-    """The plan of `attention` with these arguments: which kernel, why, what was rejected. Runs nothing; same errors."""
-    options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout)
+    """The plan of `attention` with these arguments: which kernel, why, what was rejected. Runs nothing; same errors.
+
+    Where an input needs a gradient, `backward` is the plan of the backward pass (None where PyTorch makes it): its kernels,
+    whether it is reproducible, its workspace, and what bitwise equal gradients cost where that was measured.
+    """
+    if _any_autocast():
+        q, k, v, attn_mask = under_autocast(q, k, v, attn_mask)
+    options = Options.check(
+        causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, deterministic=deterministic
+    )
     return engine.plan_call(q, k, v, attn_mask, options, return_lse, impl)[1]
 
 
@@ -109,6 +133,8 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: same signature, same meaning, our kernels where they apply.
 
+    Differentiable and under autocast as `attention` is; torch.use_deterministic_algorithms asks for bitwise equal gradients.
+
     Args:
         query: (B, Hq, Sq, D); key: (B, Hk, Sk, D); value: (B, Hk, Sk, Dv). What our kernels do not take (other ranks and
             dtypes, broadcast batches, dropout) goes to torch's own function; `explain_sdpa` says when and why.
@@ -118,6 +144,8 @@ def scaled_dot_product_attention(
         ArgumentValueError: a mask together with is_causal, dropout_p outside [0, 1], NaN or infinite scale.
         What torch raises, where the call is handed to torch.
     """
+    if _any_autocast():
+        query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     calls = None
     if not is_compiling():
         try:
@@ -135,8 +163,8 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    options = (is_causal, scale, None, 0.0, False, "bhsd")
-    return _dispatch(query, key, value, attn_mask, *options, top_left=True, impl="auto", calls=calls)[0]
+    options = (is_causal, scale, None, 0.0, False, "bhsd", "auto", None)
+    return _dispatch(query, key, value, attn_mask, *options, top_left=True, calls=calls)[0]
 
 
 def explain_sdpa(
@@ -150,6 +178,8 @@ def explain_sdpa(
     enable_gqa: bool = False,
 ) -> Plan:
     """The plan of `scaled_dot_product_attention` with these arguments. Runs nothing; same errors."""
+    if _any_autocast():
+        query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     reason = _torch_only(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return only_torch(reason)
@@ -210,9 +240,10 @@ def _dispatch(
     softcap: float,
     return_lse: bool,
     layout: str,
+    impl: str,
+    deterministic: bool | None,
     *,
     top_left: bool,
-    impl: str,
     calls: Calls | None,
 ) -> engine.Result:
     """Straight to the engine in eager mode; through the operator where torch must see it (tracing, modes, subclasses)."""
@@ -230,22 +261,28 @@ def _dispatch(
             layout=layout,
             impl=impl,
             top_left=top_left,
+            deterministic=deterministic,
             calls=calls,
         )
     try:
-        options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
+        options = Options.check(
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            layout=layout,
+            top_left=top_left,
+            deterministic=deterministic,
+        )
         check_impl(impl)
         check_tensors(q, k, v, attn_mask, options.layout, sdpa=top_left)
-        recorded = needs_grad(q, k, v, attn_mask)
-        if recorded and impl not in ("auto", torch_backend.IMPL):
-            raise UnsupportedError(f"impl {impl!r}: has no backward pass yet, and a gradient is needed")
     except FlashCoreError as error:
         refused = _refuse(error)
         return refused, refused
-    if recorded:
-        return torch_backend.attend(q, k, v, attn_mask, options, return_lse)
     left, right = options.window
-    given = (attn_mask, layout, causal, options.scale, top_left, left, right, options.softcap, impl)
+    # only a gradient is deterministic or not; at its default the dispatcher does not convert the option
+    last = (options.deterministic,) if needs_grad(q, k, v, attn_mask) else ()
+    given = (attn_mask, layout, causal, options.scale, top_left, left, right, options.softcap, impl, *last)
     if return_lse:
         return ops.attention_with_lse(q, k, v, *given)
     return ops.attention(q, k, v, *given), None

@@ -6,21 +6,28 @@ comes first, and a call that wants no log-sum-exp has an operator without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from flashcore import errors
-from flashcore.errors import UnsupportedError
-from flashcore.runtime import engine
-from flashcore.runtime.fast_path import Calls, Result, memory, plain, recall
+from flashcore import autograd, errors, torch_backend, tracing
+from flashcore.autograd import Recorded
+from flashcore.backward_plan import wanted_gradients
+from flashcore.runtime import backward, engine
+from flashcore.runtime.backward import Given
+from flashcore.runtime.fast_path import Calls, Result, memory, ordinary, plain, recall
 from flashcore.spec import Options, check_tensors, needs_grad
 
 _ARGUMENTS = (
     "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, str layout='bshd', bool causal=False, float? scale=None, "
-    "bool top_left=False, int window_left=-1, int window_right=-1, float softcap=0.0, str impl='auto')"
+    "bool top_left=False, int window_left=-1, int window_right=-1, float softcap=0.0, str impl='auto', "
+    "bool? deterministic=None)"
+)
+# of the two operators that a recorded call consists of, in which nothing is left open
+_OPTIONS_OF_A_RECORDED = (
+    "str layout, bool causal, float? scale, bool top_left, int window_left, int window_right, float softcap, str impl, "
+    "bool deterministic"
 )
 _library = torch.library.Library("flashcore", "DEF")
 
@@ -35,6 +42,7 @@ _OPTIONS: dict[str, Any] = {
     "window_right": -1,
     "softcap": 0.0,
     "impl": "auto",
+    "deterministic": None,
 }
 
 
@@ -98,9 +106,10 @@ def _define(name: str, *, return_lse: bool) -> Callable[..., Any]:
         calls = remembered(*options)
         found = recall(calls, q, k, v, attn_mask)
         if found is None:
-            if needs_grad(q, k, v, attn_mask):
-                return _Recorded.apply(operator, q, k, v, attn_mask, *options)
-            if not (plain(q, k, v, attn_mask) and _ordinary(q, k, v, attn_mask)):
+            unseen = plain(q, k, v, attn_mask) and ordinary(q, k, v, attn_mask)
+            if needs_grad(q, k, v, attn_mask) or tracing.has_tangent(q, k, v, attn_mask):
+                return returned(_record(return_lse, unseen, q, k, v, attn_mask, _named(options)))
+            if not unseen:
                 return _below_autograd(operator, q, k, v, attn_mask, *options)
             found = _run(return_lse, calls, q, k, v, attn_mask, options)
         return returned(found)
@@ -113,34 +122,103 @@ def _define(name: str, *, return_lse: bool) -> Callable[..., Any]:
     return operator
 
 
-def _ordinary(*tensors: torch.Tensor | None) -> bool:
-    """Whether the tensors' dispatch keys are a new tensor's: they wrap nothing, and their memory is what they mean."""
-    return all(torch._C._dispatch_keys(t).raw_repr() == _keys_of_a_new_one(t.device) for t in tensors if t is not None)
-
-
-@cache
-def _keys_of_a_new_one(device: torch.device) -> int:
-    return torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr()
-
-
 def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
-class _Recorded(torch.autograd.Function):
-    """A call of which some input needs a gradient, which is known to be missing when it is asked for."""
+def _record(
+    return_lse: bool,
+    unseen: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    given: dict[str, Any],
+) -> Result:
+    """A call that needs a gradient; `unseen`: nothing below autograd has to see it.
 
-    @staticmethod
-    def forward(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> Any:
-        return _below_autograd(operator, *arguments)
+    Else it becomes `attention_forward` and `attention_backward`, or PyTorch's own operators where it goes to these.
+    """
+    if unseen:
+        o, lse = engine.run(q, k, v, attn_mask, return_lse=return_lse, **given)
+        return o.contiguous(), lse
+    impl = given.pop("impl")
+    options = Options.check(**given)
+    check_tensors(q, k, v, attn_mask, options.layout, sdpa=options.top_left)
+    if tracing.goes_to_torch(q, k, v, attn_mask, options, return_lse, impl):
+        o, lse = torch_backend.attend(q, k, v, attn_mask, options, return_lse)
+        return o.contiguous(), lse
+    wanted = wanted_gradients(q, k, v, attn_mask)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> None:
-        raise UnsupportedError(
-            "torch.ops.flashcore.attention has no backward yet; flashcore.attention with impl='auto' hands calls that need a "
-            "gradient to PyTorch"
-        )
+    def forward(*tensors: torch.Tensor | None) -> Result:
+        return _below_autograd(attention_forward, *tensors, wanted, *autograd.listed(options, impl))
+
+    return autograd.record(Recorded(forward, return_lse, options, impl), q, k, v, attn_mask)
+
+
+def _options_of_a_recorded(given: Sequence[Any]) -> tuple[Options, str]:
+    """From what `autograd.listed` makes of them."""
+    named = _named(tuple(given))
+    impl = named.pop("impl")
+    return Options.check(**named), impl
+
+
+def _attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, wanted: list[bool], *given: Any
+) -> Any:
+    dq, dk, dv, dmask = wanted
+    with torch.no_grad():
+        return engine.run_recorded(q, k, v, attn_mask, (dq, dk, dv, dmask), *_options_of_a_recorded(given))
+
+
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, wanted: list[bool], *given: Any
+) -> Result:
+    return _fake(True, q, k, v, attn_mask, *given)
+
+
+def _attention_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    wanted: list[bool],
+    *given: Any,
+) -> list[torch.Tensor]:
+    dq, dk, dv, dmask = wanted
+    options, impl = _options_of_a_recorded(given)
+    with torch.no_grad():
+        return backward.gradients(Given(do, dlse, q, k, v, attn_mask, o, lse), (dq, dk, dv, dmask), options, impl)
+
+
+def _fake_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    wanted: list[bool],
+    *given: Any,
+) -> list[torch.Tensor]:
+    asked = (t for t, wants in zip((q, k, v, attn_mask), wanted, strict=True) if wants and t is not None)
+    return [t.new_empty(t.shape) for t in asked]
+
+
+def _define_plain(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator that autograd does not see."""
+    _library.define(f"{name}{schema}")
+    for backend in ("CUDA", "CPU"):
+        _library.impl(name, run, backend)
+    torch.library.register_fake(f"flashcore::{name}", fake, lib=_library)
+    return getattr(torch.ops.flashcore, name).default
 
 
 def _refuse(error: str, message: str) -> torch.Tensor:
@@ -153,6 +231,20 @@ def _fake_refuse(error: str, message: str) -> torch.Tensor:
 
 attention = _define("attention", return_lse=False)
 attention_with_lse = _define("attention_with_lse", return_lse=True)
+# What torch.compile records of a call that needs a gradient. The backward pass returns the wanted of dq, dk, dv and dmask.
+attention_forward = _define_plain(
+    "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool[4] wanted, {_OPTIONS_OF_A_RECORDED}) -> (Tensor, Tensor)",
+    _attention_forward,
+    _fake_forward,
+)
+attention_backward = _define_plain(
+    "attention_backward",
+    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor o, Tensor lse, bool[4] wanted, "
+    f"{_OPTIONS_OF_A_RECORDED}) -> Tensor[]",
+    _attention_backward,
+    _fake_backward,
+)
 
 _library.define("refuse(str error, str message) -> Tensor")
 _library.impl("refuse", _refuse, "CompositeExplicitAutograd")

@@ -33,6 +33,8 @@ class Options:
     layout: Layout
     # Row i is aligned with key i (SDPA) instead of the last row with the last key (FlashAttention).
     top_left: bool = False
+    # gradients are to be bitwise equal from run to run
+    deterministic: bool = False
 
     @classmethod
     def check(
@@ -44,11 +46,16 @@ class Options:
         softcap: float,
         layout: str,
         top_left: bool = False,
+        deterministic: bool | None = None,
     ) -> Options:
         """Check the arguments that need no tensor.
 
+        Args:
+            deterministic: None is what torch.use_deterministic_algorithms says now.
+
         Raises:
-            ArgumentTypeError: causal not a bool, scale or softcap not a real number, window not a pair of ints.
+            ArgumentTypeError: causal not a bool, scale or softcap not a real number, window not a pair of ints, deterministic
+                neither a bool nor None.
             ArgumentValueError: NaN or infinite scale, negative, NaN or infinite softcap, window under -1, unknown layout.
         """
         if not isinstance(causal, bool):
@@ -67,6 +74,9 @@ class Options:
         if not 0 <= softcap < math.inf or softcap >= MAX_FACTOR:
             allowed = f"allowed: a finite number >= 0 (0 means no cap) {_UNDER}"
             raise ArgumentValueError(f"softcap: got {shown(softcap)}; {allowed}")
+        if deterministic is not None and not isinstance(deterministic, bool):
+            got = f"got {shown(deterministic)} of type {type(deterministic).__name__}"
+            raise ArgumentTypeError(f"deterministic: {got}; allowed: None, True or False")
         return cls(
             causal=causal,
             scale=None if scale is None else float(scale),
@@ -74,6 +84,7 @@ class Options:
             softcap=float(softcap),
             layout=layout,  # type: ignore[arg-type]  # membership in LAYOUTS was checked above
             top_left=top_left,
+            deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         )
 
 
@@ -150,7 +161,6 @@ class AttentionSpec:
     softcap: float
     mask: MaskSpec | None
     return_lse: bool
-    needs_grad: bool
     # The user told torch that float32 products may be rounded to TF32.
     allow_tf32: bool
 
@@ -228,7 +238,6 @@ class AttentionSpec:
             softcap=options.softcap,
             mask=None if attn_mask is None else _mask_spec(attn_mask, (batch, heads_q, seqlen_q, seqlen_k)),
             return_lse=return_lse,
-            needs_grad=needs_grad(q, k, v, attn_mask),
             allow_tf32=q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
         )
 

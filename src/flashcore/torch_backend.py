@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from flashcore.spec import Band, Options
+from flashcore.spec import Band, Options, needs_grad
 
 # the name that `impl=` takes
 IMPL = "torch"
@@ -24,6 +24,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention with PyTorch's own kernels: SDPA where it can say what is asked, else matrix products and a softmax.
 
+    These are also what gives gradients that are bitwise equal from run to run where a call asks for that by its own argument:
+    SDPA's fused kernels promise it only under torch.use_deterministic_algorithms.
+
     Args:
         q, k, v: as `flashcore.attention` takes them, already validated.
 
@@ -34,8 +37,12 @@ def attend(
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     # SDPA takes no float32 mask beside half inputs, and rounding one to half would turn low finite values into -inf.
     sdpa_takes_mask = attn_mask is None or attn_mask.dtype in (torch.bool, q.dtype)
-    if options.softcap == 0 and not return_lse and sdpa_takes_mask:
+    unpromised = options.deterministic and needs_grad(q, k, v, attn_mask) and not torch.are_deterministic_algorithms_enabled()
+    if options.softcap == 0 and not return_lse and sdpa_takes_mask and not unpromised:
         o, lse = _sdpa(q, k, v, attn_mask, options), None
+    elif torch._C._is_any_autocast_enabled():
+        with torch.autocast(q.device.type, enabled=False):  # which would have the float32 products in half precision
+            o, lse = _by_hand(q, k, v, attn_mask, options)
     else:
         o, lse = _by_hand(q, k, v, attn_mask, options)
     return (o.transpose(1, 2) if options.layout == "bshd" else o), lse if return_lse else None

@@ -84,7 +84,6 @@ def make_spec() -> Callable[..., AttentionSpec]:
         mask: torch.Tensor | None = None,
         layout: str = "bshd",
         return_lse: bool = False,
-        needs_grad: bool = False,
         offset: int = 0,
         **options: object,
     ) -> AttentionSpec:
@@ -95,7 +94,7 @@ def make_spec() -> Callable[..., AttentionSpec]:
 
         given = {"causal": False, "scale": None, "window": None, "softcap": 0.0, "layout": layout, **options}
         return AttentionSpec.from_tensors(
-            empty(heads_q, seqlen_q, head_dim).requires_grad_(needs_grad),
+            empty(heads_q, seqlen_q, head_dim),
             empty(heads_k, seqlen_k, head_dim),
             empty(heads_k, seqlen_k, head_dim_v or head_dim),
             mask,
@@ -393,7 +392,7 @@ def launched(h200: Target, monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(store, "locate", lambda specialisation, arch: location)
     monkeypatch.setattr(store, "obtain", lambda specialisation, target: specialisation)
     monkeypatch.setattr(evidence, "state", lambda *arguments: "verified")
-    monkeypatch.setattr(evidence, "compare", lambda *arguments: None)
+    monkeypatch.setattr(evidence, "compare", lambda *arguments, **options: None)
     return found
 
 

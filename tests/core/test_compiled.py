@@ -200,19 +200,17 @@ def test_auto_says_that_a_gradient_goes_to_torch() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_named_kernel_raises_where_a_gradient_is_needed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else a CPU is refused before the gradient is
+def test_a_kernel_without_a_backward_pass_raises_where_a_gradient_is_needed(compiled: bool, launched: object) -> None:
     function = _compile(flashcore.attention)[0] if compiled else flashcore.attention
-    q, k, v = _qkv(4, 4, requires_grad=True)
-    with pytest.raises(UnsupportedError, match=r"impl 'portable'.*no backward"):
-        function(q, k, v, impl="portable")
+    q, k, v = (torch.zeros(1, 64, 2, 64, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    with pytest.raises(UnsupportedError, match=r"impl 'small'.*no backward pass.*use 'hopper', 'portable', 'torch' or 'auto'"):
+        function(q, k, v, impl="small")
 
 
-def test_the_operator_has_no_backward_and_says_so() -> None:
-    q, k, v = _qkv(4, 4, requires_grad=True)
-    o = torch.ops.flashcore.attention(*_arguments(q, k, v))
-    with pytest.raises(UnsupportedError, match="no backward"):
-        o.sum().backward()
+def test_the_operator_has_sdpas_gradients_where_auto_goes_to_torch() -> None:
+    tensors = _qkv(6, 9)
+    found = _gradients(lambda *t: torch.ops.flashcore.attention(*_arguments(*t, causal=True)), *tensors)
+    torch.testing.assert_close(found, _gradients(_sdpa, *tensors))
 
 
 def test_the_operator_needs_no_gradient_under_no_grad() -> None:

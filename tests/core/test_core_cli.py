@@ -172,3 +172,14 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
     assert all(command in done.stdout for command in ("explain", "inspect", "build", "bench", "verify"))
+
+
+def test_explain_shows_the_backward_pass_of_a_call_that_needs_gradients(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = ("explain", "--impl", "portable", "--shape", "1,2,64,64")
+    code, output, _ = run(*asked, "--grad", "--deterministic")
+    assert code == 0 and "gradient    portable, bitwise equal from run to run; 0.0 MiB of workspace" in output
+    assert "kernel      portable_backward_dq-" in output
+    assert "gradient" not in run(*asked)[1]
+    code, _, errors = run("explain", "--impl", "torch", "--grad")
+    assert code == 0 and not errors

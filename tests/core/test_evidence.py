@@ -161,6 +161,58 @@ def test_what_was_timed_of_another_source_is_left_out(tmp_path: Path, monkeypatc
     assert _timed(tmp_path).keys() == names and "fast_forward" not in make_index(tmp_path).sources
 
 
+def _backward_record(**changes: object) -> VerifyRecord:
+    binary = BinaryRecord(kernel="portable_backward_dq", specialisation="dq", passed=("tiny",), failed=())
+    return _record(**{"schema_version": 2, "direction": "bwd", "binaries": {BAD: binary}, **changes})
+
+
+def test_the_gradients_record_is_added_to_the_forwards(tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text(_record().model_dump_json())
+    without = make_index(tmp_path)
+    (tmp_path / "verify-bwd.json").write_text(_backward_record().model_dump_json())
+    index = make_index(tmp_path)
+    assert index.verified == {**without.verified, BAD: ("dq", 1)}
+    assert index.sources == {**without.sources, "portable_backward_dq": kernel_hash("portable_backward_dq")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"direction": "fwd"}, "is of direction fwd, not bwd"),
+        ({"failed": 1}, "1 failed cases"),
+        ({"suite": "backward"}, "partial: suite backward"),
+        ({"device": "NVIDIA L4"}, "is of NVIDIA L4"),
+    ],
+)
+def test_a_record_of_gradients_that_proves_nothing_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text(_record().model_dump_json())
+    (tmp_path / "verify-bwd.json").write_text(_backward_record(**changes).model_dump_json())
+    with pytest.raises(BinaryError, match=rf"verify-bwd\.json.*{words}"):
+        make_index(tmp_path)
+
+
+def _in_direction(artifact: Artifact, direction: str) -> Artifact:
+    return artifact.model_copy(update={"settings": artifact.settings.model_copy(update={"direction": direction})})
+
+
+def test_times_of_gradients_are_of_both_passes_and_of_the_sources_of_both(tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text(_record().model_dump_json())
+    (tmp_path / "verify-bwd.json").write_text(_backward_record().model_dump_json())
+    times = {"flashcore": 8.0, "flashcore-portable": 8.0, "flashcore-portable-deterministic": 8.5, "sdpa-auto": 9.0}
+    for direction in ("bwd", "fwdbwd"):
+        _in_direction(_artifact(times), direction).save(tmp_path / f"bench-{direction}.json")
+    (timing,) = make_index(tmp_path).timings
+    assert timing.direction == "fwdbwd" and timing.us == times
+    changed = {**ENVIRONMENT.kernel_sources, "portable_backward_dkdv": "0" * 64}
+    other = ENVIRONMENT.model_copy(update={"kernel_sources": changed})
+    stale = _in_direction(_artifact(times), "fwdbwd").model_copy(update={"environment": other})
+    stale.save(tmp_path / "bench-fwdbwd.json")
+    assert make_index(tmp_path).timings[0].us == {"sdpa-auto": 9.0}
+    # forward, that kernel does not run
+    _in_direction(stale, "fwd").save(tmp_path / "bench-fwdbwd.json")
+    assert make_index(tmp_path).timings[0].us == times
+
+
 def test_without_benchmarks_there_are_no_timings(tmp_path: Path) -> None:
     (tmp_path / "verify.json").write_text(_record().model_dump_json())
     index = make_index(tmp_path)
@@ -200,7 +252,8 @@ def test_what_is_unproved_is_named() -> None:
 
 
 def test_a_kernel_needs_no_proof_on_an_arch_that_it_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = SimpleNamespace(IMPL="fast", shipped=lambda arch: (EMPTY,) if arch == "sm_90a" else ())
+    binary = replace(EMPTY, kernel="fast_forward")
+    elsewhere = SimpleNamespace(IMPL="fast", shipped=lambda arch: (binary,) if arch == "sm_90a" else ())
     monkeypatch.setitem(KERNELS, "fast_forward", Kernel("fast_forward", "nowhere", "f", ("kernels/empty.py",), elsewhere))
     sources = {kernel: source for kernel, source in kernel_hashes().items() if kernel != "fast_forward"}
     assert unproved(_index(sources=sources, arch="sm_80"), _built(GOOD)) == []

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashcore
 from flashcore import ops
 from flashcore.errors import UnsupportedError
+from flashcore.kernels.arguments import TENSORS
 from flashcore.runtime import engine, fast_path
 from flashcore.verify.poison import poisoned_memory
 
@@ -26,14 +28,22 @@ def test_a_tensor_that_comes_to_need_a_gradient(launched: Any) -> None:
         with torch.no_grad():
             flashcore.attention(**auto)
         assert len(launched) == before + 1
-        if auto is call:
-            with pytest.raises(UnsupportedError, match="no backward"):
-                flashcore.attention(**auto)
-        else:
-            flashcore.attention(**auto).sum().backward()
-            assert auto["q"].grad is not None
-        assert len(launched) == before + 1
+        o = flashcore.attention(**auto)
+        # for want of measurements auto hands it to PyTorch; one by name keeps the log-sum-exp for its backward pass
+        forward = [addresses[TENSORS.index("lse")] != 0 for _, addresses in launched[before + 1 :]]
+        assert forward == ([True] if auto is call else [])
+        o.sum().backward()
+        assert auto["q"].grad.shape == auto["q"].shape and (len(launched) > before + 2) == (auto is call)
         auto["q"].requires_grad_(False)
+
+
+def test_a_tangent_is_seen_by_a_call_that_was_remembered_without_it(launched: Any) -> None:
+    call = launched.call()
+    launched.remember(call)
+    before = len(launched)
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="forward-mode"):
+        flashcore.attention(**call | {"q": forward_ad.make_dual(call["q"], call["q"])})
+    assert len(launched) == before
 
 
 class Records(TorchDispatchMode):
@@ -207,7 +217,7 @@ def test_memory_is_allocated_and_launched_on_the_tensors_device(launched: Any, m
     assert current == [1] and seen == [0] * 8
 
 
-def test_the_operator_is_remembered_and_has_no_backward_still(launched: Any, no_keys: Callable[[], None]) -> None:
+def test_the_operator_is_remembered_and_asks_for_gradients_still(launched: Any, no_keys: Callable[[], None]) -> None:
     call = launched.call()
     q, k, v = call["q"], call["k"], call["v"]
 
@@ -218,8 +228,8 @@ def test_the_operator_is_remembered_and_has_no_backward_still(launched: Any, no_
     for _ in range(3):
         both()
     q.requires_grad_()
-    with pytest.raises(UnsupportedError, match="no backward"):
-        ops.attention(q, k, v, None, "bshd", True).sum().backward()
+    ops.attention(q, k, v, None, "bshd", True).sum().backward()
+    assert q.grad is not None
     q.requires_grad_(False)
     no_keys()
     both()

@@ -26,8 +26,10 @@ from types import SimpleNamespace
 from flashcore.build import worker
 from flashcore.kernels.registry import KERNELS, Kernel
 sys.path.insert(0, "")
-binding = SimpleNamespace(shipped=lambda arch: ("something",) if arch == "sm_90a" else ())
-for name in ("copy", "product", "meet", "absent"):
+NAMES = ("copy", "product", "meet", "absent")
+one_of_each = tuple(SimpleNamespace(kernel=name) for name in NAMES)
+binding = SimpleNamespace(shipped=lambda arch: one_of_each if arch == "sm_90a" else ())
+for name in NAMES:
     module = "no_such_module" if name == "absent" else "gluon_kernels"
     KERNELS[name] = Kernel(name, module, name, ("kernels/empty.py",), binding)
 worker.main()

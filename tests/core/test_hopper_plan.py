@@ -170,7 +170,6 @@ def test_what_explain_says_of_a_small_call(make_spec, h200, monkeypatch) -> None
         ({"mask": torch.ones(128, 128, dtype=torch.bool)}, "mask"),
         ({"mask": torch.zeros(128, 128)}, "mask"),
         ({"dtype": torch.float32}, "float32"),
-        ({"needs_grad": True}, "no backward"),
         ({"scale": -0.5}, "scale"),
         ({"scale": 0.0}, "scale"),
         ({"offset": 1}, "16"),

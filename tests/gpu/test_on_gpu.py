@@ -135,15 +135,6 @@ def test_opcheck_on_the_gpu() -> None:
             torch.library.opcheck(operator, arguments)
 
 
-def test_a_gradient_goes_to_torch_and_a_named_impl_refuses(attend: Attend) -> None:
-    q, k, v = (t.requires_grad_() for t in _inputs(heads_k=8))
-    assert flashcore.explain(q, k, v).impl == "torch"
-    flashcore.attention(q, k, v).float().sum().backward()
-    assert q.grad is not None and torch.isfinite(q.grad).all()
-    with pytest.raises(NotImplementedError, match="backward"):
-        attend(q, k, v)
-
-
 def test_a_binary_of_another_arch_is_refused_by_name() -> None:
     from flashcore.build.pool import compile_one
     from flashcore.kernels.registry import EMPTY

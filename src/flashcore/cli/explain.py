@@ -20,6 +20,8 @@ def explain(
     softcap: Annotated[float, typer.Option(help="Cap of the scaled scores; 0: none.")] = 0.0,
     impl: Annotated[str, typer.Option(help="auto, small, hopper, portable or torch.")] = "auto",
     layout: Annotated[str, typer.Option(help="bshd or bhsd.")] = "bshd",
+    grad: Annotated[bool, typer.Option("--grad", help="Of a call whose q, k and v need gradients.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Bitwise equal gradients from run to run.")] = False,
 ) -> None:
     """Which kernel a call runs on this machine, why, what was rejected, and the roofline bound."""
     import torch
@@ -39,7 +41,7 @@ def explain(
 
     def empty(heads: int, length: int, dim: int) -> torch.Tensor:
         size = (parsed.batch, length, heads, dim) if layout == "bshd" else (parsed.batch, heads, length, dim)
-        return torch.empty(size, dtype=parsed.torch_dtype, device=device)
+        return torch.empty(size, dtype=parsed.torch_dtype, device=device, requires_grad=grad)
 
     plan = flashcore.explain(
         empty(parsed.heads_q, parsed.seqlen_q, parsed.head_dim),
@@ -50,6 +52,7 @@ def explain(
         softcap=softcap,
         impl=impl,
         layout=layout,
+        deterministic=deterministic or None,
     )
     typer.echo(f"device      {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}")
     typer.echo(str(plan))
@@ -58,4 +61,4 @@ def explain(
         typer.echo("roofline    unknown: no measured peaks of this device in the evidence")
     else:
         bound = roofline(parsed, peak_tflops=peaks.matrix_tflops[parsed.dtype], peak_tbytes=peaks.copy_tbytes)
-        typer.echo(f"roofline    {bound.us:.2f} us, set by {bound.limit} (peaks measured on this GPU)")
+        typer.echo(f"roofline    {bound.us:.2f} us forward, set by {bound.limit} (peaks measured on this GPU)")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from flashcore import torch_backend
+from flashcore import autograd, torch_backend
+from flashcore.autograd import Recorded
+from flashcore.backward_plan import Wanted, request, wanted_gradients
+from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.registry import BINDINGS
 from flashcore.plan import Plan, make_plan
-from flashcore.runtime import fast_path
+from flashcore.runtime import backward, fast_path
 from flashcore.runtime.fast_path import (
     Calls,
     Launch,
@@ -20,7 +23,7 @@ from flashcore.runtime.fast_path import (
     remember,
     typed,
 )
-from flashcore.spec import AttentionSpec, Options
+from flashcore.spec import AttentionSpec, Options, needs_grad
 from flashcore.target import Target
 
 
@@ -51,31 +54,70 @@ def run(
     layout: str,
     impl: str,
     top_left: bool,
+    deterministic: bool | None = None,
     calls: Calls | None = None,
 ) -> Result:
     """Validate, plan and run a call; everything that depends only on the key is done once for each key.
 
     `calls` of the entry point, for these options, remembers the call from its second time on.
     """
-    key = _key(q, k, v, attn_mask, window, (causal, scale, softcap, return_lse, layout, impl, top_left))
+    key = _key(q, k, v, attn_mask, window, (causal, scale, softcap, return_lse, layout, impl, top_left, deterministic))
     prepared = None if key is None else _prepared.get(key)
     if prepared is not None:
         if calls is not None and prepared.launch is not None:
             remember(calls, prepared.launch, q, k, v, attn_mask)
         return prepared.run(q, k, v, attn_mask)
-    options = Options.check(causal=causal, scale=scale, window=window, softcap=softcap, layout=layout, top_left=top_left)
+    options = Options.check(
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        layout=layout,
+        top_left=top_left,
+        deterministic=deterministic,
+    )
     spec, plan = plan_call(q, k, v, attn_mask, options, return_lse, impl)
-    prepared = prepare(spec, plan, options)
+    prepared = _keep(key, prepare(spec, plan, options))
+    return prepared.run(q, k, v, attn_mask)
+
+
+def run_recorded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    wanted: Wanted,
+    options: Options,
+    impl: str,
+) -> Result:
+    """The forward pass of a call that was recorded before it could be planned (torch.compile): o and lse, both contiguous.
+
+    With "auto", PyTorch runs it only where no kernel of ours can, because what its backward pass needs is not recorded.
+    """
+    key = _key(q, k, v, attn_mask, None, ("recorded", wanted, options, impl))
+    prepared = None if key is None else _prepared.get(key)
+    if prepared is None:
+        spec = AttentionSpec.from_tensors(q, k, v, attn_mask, options, return_lse=True)
+        gradient = request(spec, options, attn_mask, wanted, do=None, dlse=True)
+        plan = make_plan(spec, Target.of(spec.device), impl, gradient, ours=True)
+        prepared = _keep(key, prepare(spec, replace(plan, backward=None), options))
+    o, lse = prepared.run(q, k, v, attn_mask)
+    assert lse is not None
+    return o.contiguous(), lse.contiguous()
+
+
+def _keep(key: Hashable | None, prepared: Prepared) -> Prepared:
     if len(_prepared) >= _MAX_PREPARED:
         _prepared.clear()
     if key is not None:
         _prepared[key] = prepared
-    return prepared.run(q, k, v, attn_mask)
+    return prepared
 
 
 def forget() -> None:
     """Prepare every call anew: what plans depend on beside their calls (evidence, the environment) has changed."""
     _prepared.clear()
+    backward.forget()
     fast_path.forget()
 
 
@@ -93,6 +135,7 @@ def _key(
         key = (
             *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad) for t in tensors),
             torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
             options,
             # True == 1 == 1.0 as keys, but not as arguments
             *map(type, options),
@@ -114,15 +157,23 @@ def plan_call(
     return_lse: bool,
     impl: str,
 ) -> tuple[AttentionSpec, Plan]:
-    """The spec and the plan of a call, with nothing launched."""
+    """The spec and the plan of a call, with nothing launched; its gradients' too where it needs some."""
     spec = AttentionSpec.from_tensors(q, k, v, attn_mask, options, return_lse=return_lse)
-    return spec, make_plan(spec, Target.of(spec.device), impl)
+    gradient: BackwardSpec | None = None
+    if needs_grad(q, k, v, attn_mask):
+        wanted = wanted_gradients(q, k, v, attn_mask)
+        gradient = request(spec, options, attn_mask, wanted, do=None, dlse=return_lse)
+    return spec, make_plan(spec, Target.of(spec.device), impl, gradient)
 
 
 def prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
     """Everything of such calls that does not depend on the tensors' memory, done."""
     if plan.impl == torch_backend.IMPL:
         return Prepared(lambda q, k, v, attn_mask: torch_backend.attend(q, k, v, attn_mask, options, spec.return_lse))
+    if plan.backward is not None:
+        forward = prepare(replace(spec, return_lse=True), replace(plan, backward=None), options).run
+        recorded = Recorded(forward, spec.return_lse, options, plan.impl)
+        return Prepared(lambda q, k, v, attn_mask: autograd.record(recorded, q, k, v, attn_mask))
     if plan.interpreted:
         return _prepare_interpreted(spec, plan)
     launch = _prepare_launch(spec, plan)

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 # Launches with the addresses of q, k, v and the mask, 0 for none.
@@ -56,13 +57,23 @@ def typed(window: object) -> object:
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether no torch mode, transform, subclass or negation that is still to be done needs the dispatcher for a call.
+    """Whether no torch mode, transform, tangent, subclass or negation still to be done needs the dispatcher for a call.
 
     What is not a tensor is plain: validation names it.
     """
-    if _dispatch_depth() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _dispatch_depth() or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return not any(isinstance(t, torch.Tensor) and (type(t) is not torch.Tensor or t.is_neg()) for t in tensors)
+
+
+def ordinary(*tensors: torch.Tensor | None) -> bool:
+    """Whether the tensors' dispatch keys are a new tensor's: they wrap nothing, and their memory is what they mean."""
+    return all(torch._C._dispatch_keys(t).raw_repr() == _keys_of_a_new_one(t.device) for t in tensors if t is not None)
+
+
+@cache
+def _keys_of_a_new_one(device: torch.device) -> int:
+    return torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr()
 
 
 def recall(calls: Calls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result | None:
@@ -112,8 +123,8 @@ def _guarded(launch: Launch, tensors: Sequence[torch.Tensor]) -> Call:
                 return None
             mask = attn_mask.data_ptr()
         q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        # of the modes, the guard does not see those that torch.compile is to ignore
-        if (q_at | k_at | v_at) & 15 or dispatch_depth():
+        # the guard does not see the modes that torch.compile is to ignore, nor tangents of forward-mode differentiation
+        if (q_at | k_at | v_at) & 15 or dispatch_depth() or forward_ad._current_level >= 0:
             return None
         return launch(q_at, k_at, v_at, mask)
 
