@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from flashcore.bench.work import flops
 from flashcore.ladder.artifact import LadderArtifact, TimedShape
-from flashcore.ladder.bar import COLUMNS, bar_view
+from flashcore.ladder.bar import COLUMNS, FASTEST, bar_view
 from flashcore.ladder.checks import StepVerification, cases
 from flashcore.ladder.measure import SHAPES
 from flashcore.ladder.steps import STEPS
@@ -47,6 +48,17 @@ def test_nothing_is_met_that_was_not_measured(make_ladder: Make, known, times: d
     expected = "missed" if "ladder-scalar" in times else "not timed"
     assert [row["verdict"] for row in rows] == [expected] * 3
     assert [row["verdict"] for row in _rows(make_ladder(shapes=[]))[:3]] == ["not timed"] * 3
+
+
+def test_a_bar_beyond_the_measured_ceiling_is_said_to_be(make_ladder: Make, known) -> None:
+    def said(us: float) -> str:
+        return " ".join(bar_view(make_ladder(shapes=_timed(known, {"unfused": us}))).notes)
+
+    shape = SHAPES[-1]
+    ceiling = _timed(known, {"unfused": 1.0})[-1].bench.peaks.matrix_tflops[shape.dtype]
+    just = FASTEST * flops(shape) / ceiling * 1e-6
+    assert "no kernel can" in said(0.99 * just) and "no kernel can" not in said(1.01 * just)
+    assert "no kernel can" not in " ".join(bar_view(make_ladder(shapes=[])).notes)
 
 
 def test_the_whole_ladder_is_every_step_with_every_case_on_a_gpu(make_ladder: Make) -> None:

@@ -6,7 +6,8 @@ from flashcore.bench.artifact import SeriesRecord
 from flashcore.bench.bar_view import verdict
 from flashcore.bench.shapes import Shape
 from flashcore.bench.stats import ratio_of_medians
-from flashcore.bench.view import EMPTY, View
+from flashcore.bench.view import EMPTY, View, figure
+from flashcore.bench.work import tflops
 from flashcore.ladder.artifact import LadderArtifact
 from flashcore.ladder.checks import cases
 from flashcore.ladder.measure import BASELINE, SHAPES
@@ -41,6 +42,7 @@ def bar_view(artifact: LadderArtifact) -> View:
             "ratios of medians of the same run, with a 95 % bootstrap interval; the bar is a target of this project "
             "(ladder/bar.py), and is met where the ratio reaches it",
             "the top is the last of the steps that take the shape",
+            *_beyond(artifact),
         ),
     )
 
@@ -68,6 +70,22 @@ def _cell(
         EMPTY if ratio is None else f"{ratio.value:.1f} [{ratio.low:.1f}, {ratio.high:.1f}]",
         ours or EMPTY,
         verdict([None if ratio is None else ratio.value >= bar]),
+    )
+
+
+def _beyond(artifact: LadderArtifact) -> tuple[str, ...]:
+    """Where the bar against unfused PyTorch asks for more than a matrix product reaches in the same run: that it does."""
+    shape = SHAPES[-1]
+    timed = _timed(artifact, shape)
+    if BASELINE_NAME not in timed:
+        return ()
+    bench = next(one.bench for one in artifact.shapes if one.bench.shapes[0].shape == shape)
+    wanted, ceiling = tflops(shape, timed[BASELINE_NAME].stats.p50 / FASTEST), bench.peaks.matrix_tflops[shape.dtype]
+    if wanted <= ceiling:
+        return ()
+    return (
+        f"{FASTEST:.0f} times unfused PyTorch would be {figure(wanted)} TFLOP/s, and a large matrix product reached "
+        f"{figure(ceiling)} in the same run: no kernel can",
     )
 
 
