@@ -172,3 +172,10 @@ def test_threads_wait_for_each_other() -> None:
         thread.join()
     for i in range(3):
         assert torch.equal(found[i], flashcore.attention(*calls[i], impl="portable"))
+
+
+def test_bfloat16_is_rounded_to_the_nearest_as_on_a_gpu() -> None:
+    q, k, v = _qkv(1, 2, dtype=torch.bfloat16)
+    v[0, :, 0, 0] = torch.tensor([1 + 2**-7, 1 + 2**-6])  # the mean lies in the middle, and the nearest even number is above
+    o = flashcore.attention(torch.zeros_like(q), k, v, impl="portable")
+    assert torch.equal(o[:, 0], v.float().mean(1).to(torch.bfloat16)) and o[0, 0, 0, 0] == 1 + 2**-6

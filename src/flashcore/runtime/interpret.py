@@ -40,7 +40,7 @@ def interpret(
         raise UnsupportedError(f"{kernel.id}: TRITON_INTERPRET=1 must be in the environment before Triton is imported")
     if grid == 0:
         return
-    with _one_at_a_time, _bfloat16_products():
+    with _one_at_a_time, _bfloat16_as_on_a_gpu():
         names = [parameter.name for parameter in specialisation.parameters]
         values = {name: _interpretable(argument, tensors) for name, argument in zip(names, arguments, strict=True)}
         function[(grid,)](**values, **dict(specialisation.constants))
@@ -59,16 +59,17 @@ def _interpretable(argument: Argument, tensors: Mapping[TensorName, torch.Tensor
 
 
 @contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Make the interpreter multiply bfloat16 matrices by value.
+def _bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Make the interpreter multiply bfloat16 matrices by value, and round to bfloat16 to the nearest.
 
-    It keeps bfloat16 as the bits in a uint16 array, and its dot multiplies those bits as integers (Triton 3.6 and 3.9).
+    It keeps bfloat16 as the bits in a uint16 array. Its dot multiplies those bits as integers, and its conversion from float32
+    cuts bits off, where a GPU rounds (Triton 3.6 and 3.9).
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-    original = interpreter_builder.create_dot
+    dot, cast = interpreter_builder.create_dot, interpreter_builder.cast_impl
 
     def by_value(operand: Any) -> Any:
         if operand.dtype.scalar != tl.bfloat16:
@@ -76,10 +77,16 @@ def _bfloat16_products() -> Iterator[None]:
         return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(a: Any, b: Any, *rest: Any) -> Any:
-        return original(by_value(a), by_value(b), *rest)
+        return dot(by_value(a), by_value(b), *rest)
 
-    interpreter_builder.create_dot = create_dot
+    def cast_impl(src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(src, dst_type)
+        rounded = torch.tensor(src.data).to(torch.bfloat16).view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+    interpreter_builder.create_dot, interpreter_builder.cast_impl = create_dot, cast_impl
     try:
         yield
     finally:
-        del interpreter_builder.create_dot  # the class's own method shows again
+        del interpreter_builder.create_dot, interpreter_builder.cast_impl  # the class's own methods show again
