@@ -1,7 +1,9 @@
 """What tests of every folder share."""
 
+import os
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 
@@ -14,7 +16,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["flashcore", *arguments])
-        with pytest.raises(SystemExit) as stopped:
+        # a command may set variables of its own process, which here is that of other tests too
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as stopped:
             cli.main()
         output, errors = capsys.readouterr()
         return int(stopped.value.code or 0), output, errors

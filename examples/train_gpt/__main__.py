@@ -35,11 +35,14 @@ def _plain_mathematics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-ATTENTIONS: dict[str, Attention] = {
-    "SDPA": partial(F.scaled_dot_product_attention, is_causal=True),
-    "FlashCore": partial(flashcore.scaled_dot_product_attention, is_causal=True),
-    "SDPA, plain mathematics": _plain_mathematics,
-}
+def attentions(impl: str) -> dict[str, Attention]:
+    """What is compared, by name; `impl` is FlashCore's."""
+    return {
+        "SDPA": partial(F.scaled_dot_product_attention, is_causal=True),
+        # without return_lse the result is o alone, which the signature cannot say
+        "FlashCore": partial(flashcore.attention, causal=True, layout="bhsd", impl=impl),  # type: ignore[dict-item]
+        "SDPA, plain mathematics": _plain_mathematics,
+    }
 
 
 def text() -> torch.Tensor:
@@ -55,10 +58,12 @@ def batches(data: torch.Tensor, batch: int, context: int, steps: int, seed: int)
     return data[places + torch.arange(context + 1)].view(steps, batch, context + 1).long()
 
 
-def train(name: str, size: Size, given: torch.Tensor, seed: int, device: torch.device, progress: Progress) -> tuple[Run, int]:
+def train(
+    name: str, attention: Attention, size: Size, given: torch.Tensor, seed: int, device: torch.device, progress: Progress
+) -> tuple[Run, int]:
     """One run, and the number of the model's parameters."""
     torch.manual_seed(seed)
-    model = GPT(size, ATTENTIONS[name]).to(device)
+    model = GPT(size, attention).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
     losses, times = [], []
     for batch in progress.track(given, description=name):
@@ -88,6 +93,7 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 6,
     heads: Annotated[int, typer.Option(min=1, help="Heads of 64.")] = 6,
     seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
+    impl: Annotated[str, typer.Option(help="FlashCore's: auto, or a kernel with a backward pass by name.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the JSON record here.")] = None,
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Write the plot (PNG) here.")] = None,
 ) -> None:
@@ -100,9 +106,9 @@ def main(
     data = text()
     given = batches(data, batch, context, steps, seed)
     q = torch.empty(batch, heads, context, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
-    plan = str(flashcore.explain_sdpa(q, q, q, is_causal=True))
+    plan = str(flashcore.explain(q, q, q, causal=True, layout="bhsd", impl=impl))
     with Progress(console=console) as progress:
-        results = [train(name, size, given, seed, device, progress) for name in ATTENTIONS]
+        results = [train(name, attention, size, given, seed, device, progress) for name, attention in attentions(impl).items()]
     comparison = Comparison(
         environment=collect(),
         parameters=results[0][1],
