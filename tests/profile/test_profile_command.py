@@ -178,3 +178,11 @@ def test_help_imports_no_torch_and_the_package_shadows_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False True False", done.stderr
+
+
+def test_without_a_gpu_a_step_is_placed_by_the_ladders_record(run: Run, no_gpu) -> None:
+    code, printed, said = run("tuned_tiles", "--shape", "4,16,4096,64")
+    assert code == 0 and "recorded" in said
+    assert "ladder-tuned_tiles" in printed and "flashcore-hopper" not in printed
+    code, _, said = run("tuned_tiles", "--shape", "1,2,77,64")
+    assert code == 2 and "no recorded run timed ladder-tuned_tiles on 1,2,77,64" in said
