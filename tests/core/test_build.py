@@ -264,6 +264,14 @@ def test_a_set_is_compiled_once_and_again_only_what_is_damaged(small_set, binari
     assert cubin.read_bytes() == binaries.empty_sm_80.cubin
 
 
+def test_of_a_set_only_what_is_asked_for_is_compiled_and_the_rest_of_it_is_kept(small_set, binaries, cache_dir: Path) -> None:
+    names: list[str] = []
+    assert sets.build_set("sm_80", only="full*", done=names.append).binaries == () and not small_set and not names
+    assert sets.build_set("sm_80", only="emp*", done=names.append).binaries == (binaries.empty_sm_80,) and names == ["empty"]
+    sets.build_set("sm_80", only="full*")
+    assert len(sets.build_set("sm_80").binaries) == len(small_set) == 1, "what was not asked for is gone"
+
+
 def test_a_set_is_compiled_again_when_its_source_changed(small_set, monkeypatch: pytest.MonkeyPatch) -> None:
     sets.build_set("sm_80")
     monkeypatch.setattr(sets, "kernel_hash", lambda kernel: "another source")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from flashcore.build.compile import triton_version
 from flashcore.build.pool import Request, compile_all
 from flashcore.errors import BinaryError, CompileError
 from flashcore.kernels.registry import shipped_set
+from flashcore.kernels.specialisation import Specialisation
 from flashcore.runtime.binary import Binary, BinaryInfo
 from flashcore.runtime.store import MANIFEST_SCHEMA, SHIPPED, Manifest, cache_folder, read_manifest
 from flashcore.sources import kernel_hash
@@ -25,8 +27,10 @@ class BuiltSet:
     failures: dict[str, str]
 
 
-def build_set(arch: str, *, jobs: int | None = None, done: Callable[[str], None] = lambda name: None) -> BuiltSet:
-    """Build every specialisation of the shipped set of an arch; `done` hears each name as it is ready."""
+def build_set(
+    arch: str, *, only: str = "*", jobs: int | None = None, done: Callable[[str], None] = lambda name: None
+) -> BuiltSet:
+    """Build what of the shipped set of an arch has a name that matches a glob; `done` hears each name as it is ready."""
     triton = triton_version()
     if triton is None:
         raise CompileError("building kernels needs Triton, which is not installed: pip install flashcore[build]")
@@ -36,23 +40,31 @@ def build_set(arch: str, *, jobs: int | None = None, done: Callable[[str], None]
     present = read_manifest(folder)
     ready: dict[str, Binary] = {}
     missing: list[Request] = []
+    wanted = matching(arch, only)
     for specialisation in shipped_set(arch):
         info = present.get(specialisation.key)
         binary = None
         if info is not None and info.source_sha256 == kernel_hash(specialisation.kernel):
             binary = _read(folder, info)
-        if binary is None:
-            missing.append(Request(specialisation, arch))
-        else:
+        if binary is not None:
             ready[specialisation.key] = binary
-            done(specialisation.name)
+        if specialisation in wanted:
+            if binary is None:
+                missing.append(Request(specialisation, arch))
+            else:
+                done(specialisation.name)
     outcomes = compile_all(missing, jobs=jobs, done=lambda outcome: done(outcome.request.specialisation.name))
     failures = {o.request.specialisation.name: o.error or "no reason given" for o in outcomes if o.binary is None}
     ready |= {o.request.specialisation.key: o.binary for o in outcomes if o.binary is not None}
-    binaries = tuple(ready[s.key] for s in shipped_set(arch) if s.key in ready)
     if outcomes:
-        write_set(folder, arch, binaries)
-    return BuiltSet(arch, binaries, failures)
+        # with those that were there and are not asked for
+        write_set(folder, arch, tuple(ready[s.key] for s in shipped_set(arch) if s.key in ready))
+    return BuiltSet(arch, tuple(ready[s.key] for s in wanted if s.key in ready), failures)
+
+
+def matching(arch: str, only: str) -> tuple[Specialisation, ...]:
+    """The specialisations of the shipped set of an arch whose names match a glob."""
+    return tuple(specialisation for specialisation in shipped_set(arch) if fnmatch(specialisation.name, only))
 
 
 def _read(folder: Path, info: BinaryInfo) -> Binary | None:

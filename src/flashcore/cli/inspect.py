@@ -30,31 +30,30 @@ def _archs(text: str) -> list[str]:
 def inspect(
     arch: Annotated[str, typer.Option(help="Architectures, comma-separated.")] = "sm_80,sm_89,sm_90a,sm_100a,sm_120a",
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 if any binary breaks a limit.")] = False,
-    only: Annotated[str, typer.Option(help="Show (and gate) only names that match this glob.")] = "*",
+    only: Annotated[str, typer.Option(help="Build, show and gate only names that match this glob.")] = "*",
 ) -> None:
     """Registers, stack, spills (also those in the innermost loops), shared memory, matrix instructions, what a launch takes."""
     from concurrent.futures import ThreadPoolExecutor
-    from fnmatch import fnmatch
 
     from rich.console import Console
     from rich.table import Table
 
     from flashcore.build.gates import violations
     from flashcore.build.machine_code import read_machine_code
+    from flashcore.build.sets import matching
     from flashcore.cli.building import build_with_progress
     from flashcore.errors import ArgumentValueError
-    from flashcore.kernels.registry import shipped_set
     from flashcore.kernels.specialisation import Specialisation
 
     console = Console(width=None if Console().is_terminal else 160)
     broken = 0
     # not every kernel is built for every arch: one that has none of those asked for is passed over
-    archs = [one for one in _archs(arch) if any(fnmatch(specialisation.name, only) for specialisation in shipped_set(one))]
+    archs = [one for one in _archs(arch) if matching(one, only)]
     if not archs:
         raise ArgumentValueError(f"--only: {only!r} matches none of the binaries of {arch}")
     for one in archs:
-        built = build_with_progress(one)
-        binaries = [b for b in built.binaries if fnmatch(b.info.name, only)]
+        built = build_with_progress(one, only)
+        binaries = built.binaries
         with ThreadPoolExecutor() as pool:
             codes = list(pool.map(read_machine_code, binaries))
         table = Table(title=f"{one}: {len(binaries)} binaries", title_justify="left")
