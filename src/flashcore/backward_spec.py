@@ -53,6 +53,7 @@ class BackwardSpec:
             do_aligned=do.data_ptr() % 16 == 0 and all(stride % vector == 0 for stride in strides),
             dq=dq,
             dkv=dkv,
+            # a mask's rank is at most 4, which a tuple's type cannot say
             dmask_shape=None if mask is None else (1,) * (4 - mask.dim()) + tuple(mask.shape),  # type: ignore[arg-type]
             dlse=dlse,
             deterministic=deterministic,

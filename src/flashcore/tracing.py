@@ -46,6 +46,7 @@ def goes_to_torch(
         mask = None if attn_mask is None else _described(attn_mask)
         if any(t is None for t in described) or (attn_mask is not None and mask is None):
             return True
+        # none of them is None here
         spec = AttentionSpec.from_tensors(*described, mask, options, return_lse=return_lse)  # type: ignore[arg-type]
         spec = replace(spec, device=q.device)
         wanted = wanted_gradients(q, k, v, attn_mask)
@@ -65,6 +66,7 @@ def _described(t: torch.Tensor) -> torch.Tensor | None:
     sizes, strides = ([_known(number) for number in numbers] for numbers in (t.shape, t.stride()))
     if None in sizes or None in strides:
         return None
+    # nor are these
     return torch.empty_strided(sizes, strides, dtype=t.dtype, device="meta")  # type: ignore[arg-type]
 
 

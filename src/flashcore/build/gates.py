@@ -28,7 +28,7 @@ _ONCE_A_TILE = {
 }
 # Forms of the Hopper backward kernel that spill once a block of keys -> the speed of a whole causal pass of 16k tokens as
 # a multiple of the portable kernels', which spill nothing.
-_ONCE_A_BLOCK = {"d64-window": 1.64}
+_ONCE_A_BLOCK = {"d64-window": 1.71}
 # Binaries that may spill, outside their innermost loops: (arch, name) -> the measurement that justifies it. No other may.
 SPILL_EXCEPTIONS = {
     ("sm_90a", f"hopper_forward-{dtype}-{form}"): f"{ratio}x the portable kernel: docs/notes/data/hopper-forward-forms.txt"
@@ -38,7 +38,7 @@ SPILL_EXCEPTIONS = {
     (
         "sm_90a",
         f"hopper_backward-{dtype}-{form}-fused",
-    ): f"{ratio}x the portable kernels: docs/notes/data/backward-experiments.txt"
+    ): f"{ratio}x the portable kernels: evidence/nvidia-h200/bench-bwd.json"
     for form, ratio in _ONCE_A_BLOCK.items()
     for dtype in ("fp16", "bf16")
 }

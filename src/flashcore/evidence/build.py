@@ -128,8 +128,6 @@ def _timings(measured: list[Artifact], verified: dict[str, str]) -> list[Timing]
     timings = []
     for artifact in measured:
         direction = artifact.settings.direction
-        if direction == "bwd":
-            continue  # no call is a backward pass alone
         stale = _stale(artifact, direction, verified)
         for record in artifact.shapes:
             us = {}

@@ -133,5 +133,6 @@ def _shipped() -> list[Case]:
                 replace(exact, name=f"{exact.name}-lse", return_lse=True),
             ]
             # mypy does not match a dict of ints with replace's keywords
+            # MANY's values are ints, of fields that take ints
             cases += [*plain, *(replace(case, name=f"{case.name}-many", **MANY) for case in plain)]  # type: ignore[arg-type]
     return cases

@@ -1,14 +1,12 @@
 """The gradients that come into a case's backward pass."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from flashcore import reference
 from flashcore.reference_gradients import Call
 from flashcore.verify.cases import Case
-from flashcore.verify.inputs import Inputs, build, place_like_inputs
+from flashcore.verify.inputs import Inputs, attended_by, build, place_like_inputs, spoilt_rows
 
 # Added to a case's seed: what comes in is independent of the inputs.
 _SEED = 7_000_003
@@ -63,23 +61,12 @@ def _spoil_rows(case: Case, inputs: Inputs, do: torch.Tensor) -> tuple[torch.Ten
     Raises ValueError when there are none: the case would test nothing.
     """
     mask = None if inputs.attn_mask is None else inputs.attn_mask.cpu()
-    allowed = reference.attended(
-        batch=case.batch,
-        heads_q=case.heads_q,
-        seqlen_q=case.seqlen_q,
-        seqlen_k=case.seqlen_k,
-        causal=case.causal,
-        window=case.window,
-        attn_mask=mask,
-        top_left=case.top_left,
-    )
+    allowed = attended_by(case, mask)
     # [B, Hq, Sq] -> [B, Sq, Hq, 1]
     empty = ~allowed.any(dim=-1).transpose(1, 2)[..., None]
     if not empty.any():
         raise ValueError(f"case {case.name} has no row that attends nothing")
-    poison = torch.tensor([math.nan, math.inf, -math.inf])
-    turn = torch.arange(case.seqlen_q)[:, None, None] + torch.arange(max(case.head_dim, case.dim_v))
-    bad = poison[turn % 3].to(case.dtype)
+    bad = spoilt_rows(case, case.seqlen_q)
     rows = empty if case.layout == "bshd" else empty.transpose(1, 2)
     bad_rows = bad[..., : case.head_dim] if case.layout == "bshd" else bad[..., : case.head_dim].transpose(0, 1)
     q = torch.where(rows.to(inputs.q.device), bad_rows.to(inputs.q.device), inputs.q)

@@ -22,7 +22,7 @@ from flashcore.spec import Options
 from flashcore.target import Target
 from flashcore.verify.backward_inputs import BackwardInputs, build_backward
 from flashcore.verify.cases import Case
-from flashcore.verify.subject import OURS, reject, spec_of
+from flashcore.verify.subject import OURS, named_sdpa, reject, spec_of
 from flashcore.verify.suite import BackwardRan, Implementation, Ran
 
 ALLOWED = (OURS, "auto", *BACKWARDS, torch_backend.IMPL)
@@ -50,7 +50,7 @@ def _implementation(impl: str, *, deterministic: bool) -> Implementation:
     named = Implementation(
         f"{impl}-deterministic" if deterministic else impl,
         partial(flashcore.attention, impl=impl, deterministic=deterministic),
-        partial(_sdpa, impl, deterministic),
+        partial(named_sdpa, impl, deterministic=deterministic),
         explain_backward=partial(_explain, impl, deterministic),
     )
     if impl not in BACKWARDS:
@@ -141,34 +141,3 @@ def _plan_of_auto(deterministic: bool, given: BackwardInputs) -> Plan:
     q, k, v, mask = leaves
     assert q is not None and k is not None and v is not None
     return engine.plan_call(q, k, v, mask, options, case.return_lse, "auto")[1]
-
-
-def _sdpa(
-    impl: str,
-    deterministic: bool,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    attn_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """SDPA's semantics by a named implementation; enable_gqa is implied by the head counts."""
-    o, _ = engine.run(
-        query,
-        key,
-        value,
-        attn_mask,
-        causal=is_causal,
-        scale=scale,
-        window=None,
-        softcap=0.0,
-        return_lse=False,
-        layout="bhsd",
-        impl=impl,
-        top_left=True,
-        deterministic=deterministic,
-    )
-    return o

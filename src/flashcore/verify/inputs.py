@@ -110,7 +110,19 @@ def _spoil_dead(case: Case, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
     Raises ValueError when there are none: the case would test nothing.
     """
-    allowed = reference.attended(
+    allowed = attended_by(case, mask)
+    groups = allowed.unflatten(1, (case.heads_k, case.heads_q // case.heads_k))
+    # [B, Hk, Sk] -> [B, Sk, Hk, 1]
+    dead = ~groups.any(dim=3).any(dim=2).transpose(1, 2)[..., None]
+    if not dead.any():
+        raise ValueError(f"case {case.name} has no key that every query may not attend")
+    bad = spoilt_rows(case, case.seqlen_k)
+    return torch.where(dead, bad[..., : case.head_dim], k), torch.where(dead, bad[..., : case.dim_v], v)
+
+
+def attended_by(case: Case, mask: torch.Tensor | None) -> torch.Tensor:
+    """Who attends what, as `reference.attended` says it of a case and its mask: bool [B,Hq,Sq,Sk]."""
+    return reference.attended(
         batch=case.batch,
         heads_q=case.heads_q,
         seqlen_q=case.seqlen_q,
@@ -120,15 +132,13 @@ def _spoil_dead(case: Case, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         attn_mask=mask,
         top_left=case.top_left,
     )
-    groups = allowed.unflatten(1, (case.heads_k, case.heads_q // case.heads_k))
-    # [B, Hk, Sk] -> [B, Sk, Hk, 1]
-    dead = ~groups.any(dim=3).any(dim=2).transpose(1, 2)[..., None]
-    if not dead.any():
-        raise ValueError(f"case {case.name} has no key that every query may not attend")
+
+
+def spoilt_rows(case: Case, length: int) -> torch.Tensor:
+    """NaN, inf and -inf in turn, [length, 1, the larger head dim], in the case's dtype."""
     poison = torch.tensor([math.nan, math.inf, -math.inf])
-    turn = torch.arange(case.seqlen_k)[:, None, None] + torch.arange(max(case.head_dim, case.dim_v))
-    bad = poison[turn % 3].to(case.dtype)
-    return torch.where(dead, bad[..., : case.head_dim], k), torch.where(dead, bad[..., : case.dim_v], v)
+    turn = torch.arange(length)[:, None, None] + torch.arange(max(case.head_dim, case.dim_v))
+    return poison[turn % 3].to(case.dtype)
 
 
 def _place(

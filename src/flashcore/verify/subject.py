@@ -44,7 +44,7 @@ def _implementation(impl: str) -> Implementation:
         return Implementation(impl, attention, sdpa, explain, explain_sdpa)
     # torch's signature has no impl, and auto would pass over a kernel that has no evidence yet: a named one is reached
     # by what scaled_dot_product_attention itself calls.
-    named = Implementation(impl, attention, partial(_sdpa, impl), explain, partial(_explain_sdpa, impl))
+    named = Implementation(impl, attention, partial(named_sdpa, impl), explain, partial(_explain_sdpa, impl))
     if impl not in BINDINGS:
         return named
     return replace(named, reject=partial(reject, BINDINGS[impl]), binaries=partial(_binaries, BINDINGS[impl]))
@@ -71,7 +71,7 @@ def spec_of(case: Case, inputs: Inputs) -> AttentionSpec:
     return AttentionSpec.from_tensors(inputs.q, inputs.k, inputs.v, inputs.attn_mask, options, return_lse=case.return_lse)
 
 
-def _sdpa(
+def named_sdpa(
     impl: str,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -81,6 +81,7 @@ def _sdpa(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    deterministic: bool | None = None,
 ) -> torch.Tensor:
     """SDPA's semantics by a named implementation; enable_gqa is implied by the head counts."""
     o, _ = engine.run(
@@ -96,6 +97,7 @@ def _sdpa(
         layout="bhsd",
         impl=impl,
         top_left=True,
+        deterministic=deterministic,
     )
     return o
 

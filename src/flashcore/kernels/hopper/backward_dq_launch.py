@@ -100,11 +100,11 @@ def specialise(features: DqFeatures, config: DqConfig | None = None) -> Speciali
     )
 
 
-def launch(spec: BackwardSpec, config: DqConfig | None = None) -> Launch:
+def launch(spec: BackwardSpec) -> Launch:
     """The launch of a pass: all of dq."""
     call = spec.call
     features = DqFeatures.of(spec)
-    config = config or DQ_CONFIGS[features.head_dim, features.banded]
+    config = DQ_CONFIGS[features.head_dim, features.banded]
     first, last = call.attended_keys
     queries = (call.batch, call.heads_q, call.seqlen_q)
     keys = (call.batch, call.heads_k, last - first)

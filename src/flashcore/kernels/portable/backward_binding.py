@@ -141,6 +141,7 @@ def _dmask_shape(spec: BackwardSpec) -> tuple[int, int, int, int]:
 def _config(kernel: str, form: _Form, arch: str) -> BackwardConfig:
     if kernel in (DELTA, DMASK_ROWS):
         return ROWS
+    # the kernels that have tiles are named after them, which a str cannot say
     part: Tiled = kernel.removeprefix(PREFIX)  # type: ignore[assignment]
     return choose_config(part, form.kind, form.features.block_d, arch)
 
@@ -239,6 +240,7 @@ def _values(spec: BackwardSpec, fold_scale: bool) -> dict[str, Argument]:
     }
     values |= dict(zip(_MASK, (0, 0, 0, 0) if call.mask is None else call.mask.strides, strict=True))
     for tensor in ("q", "k", "v", "mask", "o", "do", "lse", "dlse", "delta", "dq", "dk", "dv", "dmask"):
+        # a name of TENSORS, which a str cannot say
         values[f"{tensor}_ptr"] = Pointer(tensor)  # type: ignore[arg-type]
     values["rest_ptr"] = Pointer(_REST_TENSOR)
     values |= dict(zip(_MASK_SIZES, (spec.dmask_shape or (0, 0, 0, 0))[:3], strict=True))
