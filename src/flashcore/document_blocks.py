@@ -344,6 +344,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bar-bwd": partial(bar, "bwd"),
     "bwd-full": partial(benchmark, "bwd"),
     "fwdbwd-full": partial(benchmark, "fwdbwd"),
+    "train-full": partial(benchmark, "train"),
     "launch": launch,
     "ladder-table": ladder,
     "bar-ladder": ladder_bar,

@@ -32,7 +32,7 @@ EMPTY_VIEWS = ("kernels/view.py", "kernels/hopper/view.py")
 def test_every_kernel_can_record() -> None:
     chosen = [(name, MISSION) for name in SUBJECTS] + [("hopper", CAUSAL), ("small", CAUSAL), *OTHERS]
     target = Target(name="an H200", arch="sm_90a", capability=None, sm_count=SM_COUNTS["sm_90a"], interpreted=False)
-    launches = [one for name, shape in chosen for one in recording(name, shape, target).launches]
+    launches = [one for name, shape in chosen for one in recording(name, shape, target).program.launches]
     outcomes = compile_all([Request(one.specialisation, "sm_90a") for one in launches])
     assert [outcome.error for outcome in outcomes] == [None] * len(launches)
     for one, outcome in zip(launches, outcomes, strict=True):

@@ -236,6 +236,7 @@ def record(checkout: Path) -> Callable[[], Path]:
         _artifact(GRIDS["crossover"], "crossover").save(folder / "bench-crossover.json")
         _artifact(GRIDS["fa-bwd"], "fa-bwd", "bwd").save(folder / "bench-bwd.json")
         _artifact(GRIDS["fa-bwd"], "fa-bwd", "fwdbwd").save(folder / "bench-fwdbwd.json")
+        _artifact(GRIDS["train"], "train", "fwdbwd").save(folder / "bench-train.json")
         _ladder().save(folder / "ladder.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())
         (folder / "verify-bwd.json").write_text(_backward_record().model_dump_json())

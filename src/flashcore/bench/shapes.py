@@ -118,6 +118,18 @@ def _fa_backward_grid() -> tuple[Shape, ...]:
     return tuple(shape for shape in _fa_grid() if shape.head_dim in (64, 128) and shape.seqlen_q in (1024, 4096, 16384))
 
 
+def _train_grid() -> tuple[Shape, ...]:
+    """Attention layers of models that many train, a batch that one GPU takes, between which the planner looks for the nearest."""
+    return (
+        _plain(16, 6, 1024, 64, causal=True),  # nanoGPT's small model, as examples/train_gpt has it
+        _plain(8, 12, 1024, 64, causal=True),  # GPT-2
+        _plain(32, 12, 512, 64),  # BERT
+        _plain(64, 12, 197, 64),  # ViT-B/16
+        Shape(2, 32, 8, 2048, 2048, 128, 128, causal=True),  # Llama 3 8B
+        _plain(1, 8, 512, 64),
+    )
+
+
 def _features_grid() -> tuple[Shape, ...]:
     """What the other grids leave out and the planner must know of: masks, head dims between the blocks, float32."""
     masked = tuple(
@@ -175,6 +187,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
     ),
     "fa": _fa_grid(),
     "fa-bwd": _fa_backward_grid(),
+    "train": _train_grid(),
     "features": _features_grid(),
     "decode": tuple(
         Shape(batch, 32, 8, 1, seqlen_k, 128, 128, dtype="bf16")

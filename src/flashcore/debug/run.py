@@ -56,7 +56,7 @@ def run(request: Request, device: torch.device) -> DebugArtifact:
     if target.interpreted:
         _interpret(plan, tensors)
     else:
-        binaries = [find(one.specialisation, target, request.binaries) for one in plan.launches]
+        binaries = [find(one.specialisation, target, request.binaries) for one in plan.program.launches]
         _launch(plan, binaries, tensors, device, request.subject)
     return DebugArtifact(
         environment=environment.collect(device),
@@ -64,8 +64,10 @@ def run(request: Request, device: torch.device) -> DebugArtifact:
         shape=request.shape,
         seed=request.seed,
         interpreted=target.interpreted,
-        kernels=[one.specialisation.name for one in plan.launches],
-        sources={kernel: kernel_hash(kernel) for kernel in dict.fromkeys(one.specialisation.kernel for one in plan.launches)},
+        kernels=[one.specialisation.name for one in plan.program.launches],
+        sources={
+            kernel: kernel_hash(kernel) for kernel in dict.fromkeys(one.specialisation.kernel for one in plan.program.launches)
+        },
         binaries=[binary.info.sha256 for binary in binaries],
         views=judge_views(request.views, record, inputs, plan),
     )
@@ -103,7 +105,7 @@ def _tensors(inputs: Inputs, record: Record, plan: Recording) -> dict[TensorName
         "v": inputs.v,
         "o": o,
         "view": record.rows,
-        "workspace": torch.empty(plan.workspace, dtype=torch.float32, device=device),
+        **plan.program.allocate(device),
     }
     if plan.counted:
         tensors["counter"] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -113,7 +115,7 @@ def _tensors(inputs: Inputs, record: Record, plan: Recording) -> dict[TensorName
 def _interpret(plan: Recording, tensors: dict[TensorName, torch.Tensor]) -> None:
     from flashcore.runtime.interpret import interpret
 
-    for one in plan.launches:
+    for one in plan.program.launches:
         interpret(one.specialisation, one.grid, one.arguments, {"mask": None, "lse": None, **tensors})
 
 
@@ -125,7 +127,7 @@ def _launch(
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
     launches = [
         Launcher(binary, device, grid=one.grid, arguments=one.arguments).launch
-        for one, binary in zip(plan.launches, binaries, strict=True)
+        for one, binary in zip(plan.program.launches, binaries, strict=True)
     ]
     with watchdog(HANG_SECONDS, f"{what}, recording"):
         for launch in launches:

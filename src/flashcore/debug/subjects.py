@@ -10,7 +10,7 @@ from flashcore.bench.shapes import Shape
 from flashcore.debug.conventions import Convention, of_ladder, of_production
 from flashcore.errors import ArgumentValueError, UnsupportedError
 from flashcore.kernels.arguments import Argument, Pointer
-from flashcore.kernels.program import Launch
+from flashcore.kernels.program import Launch, Program
 from flashcore.kernels.registry import BINDINGS
 from flashcore.kernels.specialisation import Specialisation
 from flashcore.ladder.problem import Problem
@@ -29,14 +29,10 @@ _INTERPRETED_ARCH = "sm_90a"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The launches of a subject on one shape, in order, and how their record is read.
+    """What a subject launches on one shape, and how its record is read. `counted`: it draws its tiles from a counter."""
 
-    `workspace`: floats of it that they share; `counted`: whether they draw their tiles from a counter.
-    """
-
-    launches: tuple[Launch, ...]
+    program: Program
     convention: Convention
-    workspace: int = 0
     counted: bool = False
 
 
@@ -74,7 +70,7 @@ def recording(name: str, shape: Shape, target: Target) -> Recording:
 def specialisations(name: str, shape: Shape, arch: str) -> tuple[Specialisation, ...]:
     """The binaries of a recording on a GPU of an arch, in order. Raises as `recording`."""
     target = Target(name=arch, arch=arch, capability=None, sm_count=SM_COUNTS[arch], interpreted=False)
-    return tuple(launch.specialisation for launch in recording(name, shape, target).launches)
+    return tuple(launch.specialisation for launch in recording(name, shape, target).program.launches)
 
 
 def _of_step(name: str, shape: Shape, target: Target) -> Recording:
@@ -88,7 +84,7 @@ def _of_step(name: str, shape: Shape, target: Target) -> Recording:
         raise UnsupportedError(f"{name}: the Triton here cannot import it, or there is none: {error}") from error
     launches = tuple(_asked(one.specialisation, one.grid, one.arguments) for one in program.launches)
     constants = [_numbers(one.specialisation) for one in launches]
-    return Recording(launches, of_ladder(name, problem.scale, constants), workspace=program.workspace)
+    return Recording(Program(launches, program.workspaces), of_ladder(name, problem.scale, constants))
 
 
 def _of_production(name: str, shape: Shape, target: Target) -> Recording:
@@ -102,7 +98,7 @@ def _of_production(name: str, shape: Shape, target: Target) -> Recording:
     grid = binding.grid(spec, specialisation, sm_count)
     one = _asked(specialisation, grid, binding.arguments(spec, specialisation))
     counted = binding.needs_counter(spec, specialisation, grid)
-    return Recording((one,), of_production(name, spec.scale, _numbers(specialisation)), counted=counted)
+    return Recording(Program((one,)), of_production(name, spec.scale, _numbers(specialisation)), counted=counted)
 
 
 def _asked(specialisation: Specialisation, grid: int, arguments: tuple[Argument, ...]) -> Launch:

@@ -40,6 +40,10 @@ class Program:
     launches: tuple[Launch, ...]
     workspaces: tuple[Workspace, ...] = ()
 
+    def allocate(self, device: torch.device) -> dict[TensorName, torch.Tensor]:
+        """The workspaces, by name."""
+        return {one.tensor: torch.empty(one.shape, dtype=one.dtype, device=device) for one in self.workspaces}
+
     @property
     def workspace_bytes(self) -> int:
         return sum(workspace.bytes for workspace in self.workspaces)

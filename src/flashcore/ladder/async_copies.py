@@ -16,7 +16,8 @@ What it brought is in docs/ladder.md, made from the recorded run.
 
 from __future__ import annotations
 
-from flashcore.ladder.harness import Program, fused
+from flashcore.kernels.program import Program
+from flashcore.ladder.harness import fused
 from flashcore.ladder.problem import Problem
 from flashcore.ladder.tuned_tiles import choose
 

@@ -17,7 +17,8 @@ from types import MappingProxyType
 import triton
 import triton.language as tl
 
-from flashcore.kernels.arguments import Argument, Pointer
+from flashcore.kernels.arguments import Pointer
+from flashcore.kernels.program import Launch, Program
 from flashcore.kernels.specialisation import Parameter, Specialisation
 from flashcore.ladder.problem import Problem
 
@@ -63,23 +64,6 @@ class Tile:
     block_m: int
     block_n: int
     num_warps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel launch: the binary's identity, the number of programs, and what fills its parameters."""
-
-    specialisation: Specialisation
-    grid: int
-    arguments: tuple[Argument, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What a step does for one problem: its launches in order. `workspace` is the number of floats they need between them."""
-
-    launches: tuple[Launch, ...]
-    workspace: int = 0
 
 
 def launch(

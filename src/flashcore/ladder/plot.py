@@ -58,4 +58,4 @@ def _bars(axes: Axes, timed: list[Row], ceiling: float) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("TFLOP/s")
     axes.margins(x=0.2)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.06))

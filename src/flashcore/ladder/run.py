@@ -59,9 +59,7 @@ def _prepare_launches(step: Step, problem: Problem, device: torch.device) -> For
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         o = torch.empty_like(q)
-        given = {"q": q, "k": k, "v": v, "o": o}
-        if program.workspace:
-            given["workspace"] = torch.empty(program.workspace, dtype=torch.float32, device=device)
+        given = {"q": q, "k": k, "v": v, "o": o, **program.allocate(device)}
         addresses = [given[name].data_ptr() if name in given else 0 for name in TENSORS]
         for launch in launches:
             launch(addresses)
@@ -76,9 +74,10 @@ def _prepare_interpreted(step: Step, problem: Problem) -> Forward:
     program = step.program(problem, "cpu", 0)
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        o, workspace = torch.empty_like(q), torch.empty(program.workspace)
+        o = torch.empty_like(q)
+        given = {"q": q, "k": k, "v": v, "o": o, **program.allocate(q.device)}
         for one in program.launches:
-            interpret(one.specialisation, one.grid, one.arguments, {"q": q, "k": k, "v": v, "o": o, "workspace": workspace})
+            interpret(one.specialisation, one.grid, one.arguments, given)
         return o
 
     return forward

@@ -16,7 +16,7 @@ from flashcore.spec import AttentionSpec, Options
 from flashcore.target import SHARED_MEMORY_LIMIT
 
 if TYPE_CHECKING:
-    from flashcore.ladder.harness import Program
+    from flashcore.kernels.program import Program
 
 
 Loads = Literal["all", "some", "none"]

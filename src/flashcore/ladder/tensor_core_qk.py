@@ -15,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashcore.kernels.program import Program
 from flashcore.kernels.view import view_output, view_scores, view_statistics, view_weights
-from flashcore.ladder.harness import Program, Tile, fused, load_rows, online_softmax, store_rows, tile_of_program
+from flashcore.ladder.harness import Tile, fused, load_rows, online_softmax, store_rows, tile_of_program
 from flashcore.ladder.problem import Problem
 
 TILE = Tile(16, 16, 4)

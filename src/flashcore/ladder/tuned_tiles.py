@@ -16,7 +16,8 @@ What it brought is in docs/ladder.md, made from the recorded run.
 
 from __future__ import annotations
 
-from flashcore.ladder.harness import Program, Tile, fused
+from flashcore.kernels.program import Program
+from flashcore.ladder.harness import Tile, fused
 from flashcore.ladder.problem import Problem
 
 # head dim -> (tile for few queries, for many)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
+from flashcore.kernels.program import Launch, Program, Workspace
 from flashcore.kernels.specialisation import Parameter
 from flashcore.kernels.view import view_output, view_scores, view_statistics, view_weights
-from flashcore.ladder.harness import LOG2_E, VECTOR_BYTES, Launch, Program, Tile, launch, load_rows, store_rows, tile_of_program
+from flashcore.ladder.harness import LOG2_E, VECTOR_BYTES, Tile, launch, load_rows, store_rows, tile_of_program
 from flashcore.ladder.problem import Problem
 
 TILE = Tile(64, 32, 8)
@@ -119,5 +121,5 @@ def program(problem: Problem, arch: str, sm_count: int) -> Program:
             softmax,
             one("unfused_output", [scores, half["v"], half["o"]], [seqlen_q, seqlen_k]),
         ),
-        workspace=problem.rows * problem.seqlen_k,
+        (Workspace("workspace", (problem.rows, problem.seqlen_k), torch.float32),),
     )

@@ -14,7 +14,8 @@ What it brought is in docs/ladder.md, made from the recorded run.
 
 from __future__ import annotations
 
-from flashcore.ladder.harness import VECTOR_BYTES, Program, fused
+from flashcore.kernels.program import Program
+from flashcore.ladder.harness import VECTOR_BYTES, fused
 from flashcore.ladder.problem import Problem
 from flashcore.ladder.scalar import TILE
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from flashcore.kernels.program import Program
 from flashcore.ladder.async_copies import STAGES
-from flashcore.ladder.harness import Program, Tile, fused
+from flashcore.ladder.harness import Tile, fused
 from flashcore.ladder.problem import Problem
 from flashcore.ladder.tuned_tiles import choose
 
