@@ -69,7 +69,8 @@ def attention(
             no two runs share. None: what torch.use_deterministic_algorithms says when the call is made.
 
     Returns:
-        o, contiguous where a kernel of ours made it, in q's dtype and layout, or (o, lse) with lse (B, Hq, Sq) float32.
+        o in q's dtype and layout, or (o, lse) with lse (B, Hq, Sq) float32. Where a kernel of ours made it o is dense, heads
+            and rows in memory in the order of q's: contiguous for a contiguous q.
 
     Raises:
         ArgumentTypeError (a TypeError), ArgumentValueError (a ValueError): names the argument, what came, what is allowed.

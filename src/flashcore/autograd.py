@@ -19,7 +19,7 @@ from flashcore.spec import Options
 class Recorded:
     """What a call keeps for its backward pass beside its tensors."""
 
-    # q, k, v and the mask -> o, lse, both contiguous
+    # q, k, v and the mask -> o, which lies as q does, and lse, contiguous
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], Result]
     return_lse: bool
     options: Options

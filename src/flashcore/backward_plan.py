@@ -73,11 +73,11 @@ def request(
     do: torch.Tensor | None,
     dlse: bool,
 ) -> BackwardSpec:
-    """What is asked of the backward pass of a call. Before `do` is known (None), one that is contiguous is assumed."""
+    """What is asked of the backward pass of a call. Before `do` is known (None), one that lies as o is assumed."""
     dq, dk, dv, dmask = wanted
     return BackwardSpec.of(
         replace(spec, return_lse=True),  # which the forward call keeps for it, asked for or not
-        torch.empty(spec.output_shape, dtype=spec.dtype, device="meta") if do is None else do,
+        torch.empty_strided(spec.output_shape, spec.output_strides, dtype=spec.dtype, device="meta") if do is None else do,
         dq=dq,
         dkv=dk or dv,
         mask=attn_mask if dmask else None,

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.spec import AttentionSpec, Layout, bhs_strides
+from flashcore.memory_order import dense_strides
+from flashcore.spec import AttentionSpec, bhs_strides, in_layout
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardSpec:
     """The call whose gradients are wanted, which of them, and how the gradient of its output lies in memory.
 
-    Gradients are contiguous in the layout of the call, in the dtype of what they are the gradient of. The output `o` is as
+    Gradients are dense, in the layout of the call, and in dtype and order in memory as what they are the gradient of. `o` is as
     our kernels leave it (AttentionSpec.o_strides), and the log-sum-exp contiguous (B, Hq, Sq) float32.
     """
 
@@ -65,25 +66,41 @@ class BackwardSpec:
         return self.call.aligned and self.do_aligned
 
     @property
-    def dq_strides(self) -> tuple[int, int, int]:
-        """Strides of dq's batch, head and sequence dimensions, in elements."""
+    def dq_shape(self) -> tuple[int, int, int, int]:
+        """In the call's layout."""
         call = self.call
-        return contiguous_strides(call.layout, call.heads_q, call.seqlen_q, call.head_dim)
+        return self._shape(call.heads_q, call.seqlen_q, call.head_dim)
+
+    @property
+    def dk_shape(self) -> tuple[int, int, int, int]:
+        """The same of dk."""
+        call = self.call
+        return self._shape(call.heads_k, call.seqlen_k, call.head_dim)
+
+    @property
+    def dv_shape(self) -> tuple[int, int, int, int]:
+        """The same of dv."""
+        call = self.call
+        return self._shape(call.heads_k, call.seqlen_k, call.head_dim_v)
+
+    @property
+    def dq_strides(self) -> tuple[int, int, int]:
+        """Strides of dq's batch, head and sequence dimensions, in elements: dense, and in memory in the order of q."""
+        return self._strides(self.dq_shape, self.call.q_strides)
 
     @property
     def dk_strides(self) -> tuple[int, int, int]:
-        """The same of dk."""
-        call = self.call
-        return contiguous_strides(call.layout, call.heads_k, call.seqlen_k, call.head_dim)
+        """The same of dk, in the order of k."""
+        return self._strides(self.dk_shape, self.call.k_strides)
 
     @property
     def dv_strides(self) -> tuple[int, int, int]:
-        """The same of dv."""
-        call = self.call
-        return contiguous_strides(call.layout, call.heads_k, call.seqlen_k, call.head_dim_v)
+        """The same of dv, in the order of v."""
+        return self._strides(self.dv_shape, self.call.v_strides)
 
+    def _shape(self, heads: int, seqlen: int, head_dim: int) -> tuple[int, int, int, int]:
+        return (self.call.batch, *((seqlen, heads) if self.call.layout == "bshd" else (heads, seqlen)), head_dim)
 
-def contiguous_strides(layout: Layout, heads: int, seqlen: int, head_dim: int) -> tuple[int, int, int]:
-    """Strides of the batch, head and sequence dimensions of a tensor that is contiguous in its layout, in elements."""
-    batch = heads * seqlen * head_dim
-    return (batch, head_dim, heads * head_dim) if layout == "bshd" else (batch, seqlen * head_dim, head_dim)
+    def _strides(self, shape: tuple[int, int, int, int], like: tuple[int, int, int]) -> tuple[int, int, int]:
+        layout = self.call.layout
+        return in_layout(dense_strides(shape, in_layout(like, layout))[:3], layout)

@@ -14,6 +14,7 @@ import torch
 from flashcore import autograd, errors, torch_backend, tracing
 from flashcore.autograd import Recorded
 from flashcore.backward_plan import wanted_gradients
+from flashcore.memory_order import dense_strides, laid_out
 from flashcore.runtime import backward, engine
 from flashcore.runtime.backward import Given
 from flashcore.runtime.fast_path import Calls, Result, memory, ordinary, plain, recall
@@ -64,8 +65,8 @@ def _run(
 ) -> Result:
     with torch.no_grad():  # at autograd's key or below it; this tells the planner that no gradient is needed
         o, lse = engine.run(q, k, v, attn_mask, return_lse=return_lse, calls=calls, **_named(options))
-    # The fake promises contiguous outputs; PyTorch's kernels return transposed ones for some layouts.
-    return o.contiguous(), lse
+    # what the fake promises; PyTorch's kernels return others for some layouts
+    return laid_out(o, q), lse
 
 
 def _fake(
@@ -83,7 +84,7 @@ def _fake(
     batch, heads_q, _, seqlen_q, _, _, head_dim_v = sizes
     shape = (batch, seqlen_q, heads_q, head_dim_v) if checked.layout == "bshd" else (batch, heads_q, seqlen_q, head_dim_v)
     lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32) if return_lse else None
-    return q.new_empty(shape), lse
+    return q.new_empty_strided(shape, dense_strides(shape, q.stride())), lse
 
 
 def _define(name: str, *, return_lse: bool) -> Callable[..., Any]:
@@ -142,13 +143,13 @@ def _record(
     """
     if unseen:
         o, lse = engine.run(q, k, v, attn_mask, return_lse=return_lse, **given)
-        return o.contiguous(), lse
+        return laid_out(o, q), lse
     impl = given.pop("impl")
     options = Options.check(**given)
     check_tensors(q, k, v, attn_mask, options.layout, sdpa=options.top_left)
     if tracing.goes_to_torch(q, k, v, attn_mask, options, return_lse, impl):
         o, lse = torch_backend.attend(q, k, v, attn_mask, options, return_lse)
-        return o.contiguous(), lse
+        return laid_out(o, q), lse
     wanted = wanted_gradients(q, k, v, attn_mask)
 
     def forward(*tensors: torch.Tensor | None) -> Result:
@@ -208,8 +209,12 @@ def _fake_backward(
     wanted: list[bool],
     *given: Any,
 ) -> list[torch.Tensor]:
-    asked = (t for t, wants in zip((q, k, v, attn_mask), wanted, strict=True) if wants and t is not None)
-    return [t.new_empty(t.shape) for t in asked]
+    made = [
+        t.new_empty_strided(t.shape, dense_strides(t.shape, t.stride()))
+        for t, wants in zip((q, k, v), wanted, strict=False)
+        if wants
+    ]
+    return made if attn_mask is None or not wanted[3] else [*made, attn_mask.new_empty(attn_mask.shape)]
 
 
 def _define_plain(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

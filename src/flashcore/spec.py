@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from flashcore.errors import ArgumentTypeError, ArgumentValueError
+from flashcore.memory_order import dense_strides
 
 Layout = Literal["bshd", "bhsd"]
 LAYOUTS: tuple[str, ...] = ("bshd", "bhsd")
@@ -172,11 +173,14 @@ class AttentionSpec:
         return (self.batch, self.heads_q, self.seqlen_q, self.head_dim_v)
 
     @property
+    def output_strides(self) -> tuple[int, int, int, int]:
+        """The output's, in elements: dense, and in memory in the order of q."""
+        return dense_strides(self.output_shape, in_layout(self.q_strides, self.layout))
+
+    @property
     def o_strides(self) -> tuple[int, int, int]:
-        """Strides of the output's batch, head and sequence dimensions, in elements: it is contiguous in its layout."""
-        row = self.head_dim_v
-        batch = self.seqlen_q * self.heads_q * row
-        return (batch, row, self.heads_q * row) if self.layout == "bshd" else (batch, self.seqlen_q * row, row)
+        """Those of the output's batch, head and sequence dimensions."""
+        return in_layout(self.output_strides[:3], self.layout)
 
     @property
     def attended_keys(self) -> tuple[int, int]:
@@ -271,6 +275,12 @@ def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: tor
 def number(size: int) -> int:
     """The size itself; while torch.compile traces, a symbolic size made concrete, which an error message needs."""
     return range(size).stop
+
+
+def in_layout(three: tuple[int, int, int], layout: Layout) -> tuple[int, int, int]:
+    """Numbers of the batch, head and sequence dimensions in the order of the layout's dimensions, or back."""
+    batch, heads, rows = three
+    return (batch, rows, heads) if layout == "bshd" else three
 
 
 def bhs_strides(t: torch.Tensor, layout: Layout) -> tuple[int, int, int]:

@@ -12,16 +12,19 @@ from flashcore import torch_backend
 from flashcore.backward_plan import BackwardPlan, Wanted, make_backward_plan, request
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import TENSORS, TensorName
+from flashcore.memory_order import laid_out
 from flashcore.plan import make_plan
 from flashcore.runtime.fast_path import Empty, empty_by_dispatcher, empty_directly
-from flashcore.spec import AttentionSpec, Options
+from flashcore.spec import AttentionSpec, Options, in_layout
 from flashcore.target import Target
 
 # by name, None for what a call has not
 Tensors = Mapping[TensorName, torch.Tensor | None]
-# dq, dk, dv and dmask where they are asked for, contiguous; dk and dv come together
+# dq, dk, dv and dmask where they are asked for; dk and dv come together
 Gradients = dict[TensorName, torch.Tensor]
 Pass = Callable[[Tensors], Gradients]
+# a tensor that a pass allocates: name, sizes, strides, dtype
+_Memory = tuple[TensorName, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 _PLACES: dict[TensorName, int] = {name: place for place, name in enumerate(TENSORS)}
 _GRADIENTS: tuple[TensorName, ...] = ("dq", "dk", "dv", "dmask")
@@ -42,13 +45,16 @@ class Given(NamedTuple):
     lse: torch.Tensor
 
     def as_kernels_read_it(self) -> Given:
-        """`do` copied where kernels could not load it 16 bytes at a time, as is assumed when a call is planned."""
+        """`do` copied where kernels could not load it 16 bytes at a time, as is assumed when a call is planned.
+
+        And what hooks on saved tensors may have laid elsewhere where the forward pass left it.
+        """
         dlse = None if self.dlse is None else self.dlse.contiguous()
-        return self._replace(do=_loadable(self.do), dlse=dlse, o=self.o.contiguous(), lse=self.lse.contiguous())
+        return self._replace(do=_loadable(self.do), dlse=dlse, o=laid_out(self.o, self.q), lse=self.lse.contiguous())
 
 
 def gradients(given: Given, wanted: Wanted, options: Options, impl: str) -> list[torch.Tensor]:
-    """The wanted of dq, dk, dv and the mask's gradient, each contiguous, in dtype and shape of what it is the gradient of.
+    """The wanted of dq, dk, dv and the mask's gradient, each in dtype, shape and order of what it is the gradient of.
 
     `impl` is the one that the call's plan has, or "auto" where the call was recorded without a plan: then it is ours wherever
     one of ours takes it. `do` may have any strides.
@@ -110,7 +116,10 @@ def _by_torch(wanted: Wanted, options: Options, tensors: Tensors) -> Gradients:
     ends = [(o, do)] if lse is None or dlse is None else [(o, do), (lse, dlse)]
     asked = {name: leaf for name, leaf, wants in zip(_GRADIENTS, leaves, wanted, strict=True) if wants}
     found = torch.autograd.grad([end for end, _ in ends], list(asked.values()), [gradient for _, gradient in ends])
-    return {name: gradient.contiguous() for name, gradient in zip(asked, found, strict=True)}
+    return {
+        name: gradient.contiguous() if name == "dmask" else laid_out(gradient, leaf.detach())
+        for (name, leaf), gradient in zip(asked.items(), found, strict=True)
+    }
 
 
 def prepare_backward(spec: BackwardSpec, plan: BackwardPlan) -> Pass:
@@ -122,32 +131,33 @@ def prepare_backward(spec: BackwardSpec, plan: BackwardPlan) -> Pass:
     return partial(_interpret, spec, plan) if plan.interpreted else _prepare_launches(spec, plan)
 
 
-def _outputs(spec: BackwardSpec) -> list[tuple[TensorName, tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the gradients that are asked for."""
+def _outputs(spec: BackwardSpec) -> list[_Memory]:
+    """The gradients that are asked for."""
     call = spec.call
-    found: list[tuple[TensorName, tuple[int, ...], torch.dtype]] = []
+    found: list[_Memory] = []
 
-    def shape(heads: int, seqlen: int, head_dim: int) -> tuple[int, ...]:
-        inner = (seqlen, heads) if call.layout == "bshd" else (heads, seqlen)
-        return (call.batch, *inner, head_dim)
+    def add(name: TensorName, shape: tuple[int, ...], strides: tuple[int, int, int]) -> None:
+        found.append((name, shape, (*in_layout(strides, call.layout), 1), call.dtype))
 
     if spec.dq:
-        found.append(("dq", shape(call.heads_q, call.seqlen_q, call.head_dim), call.dtype))
+        add("dq", spec.dq_shape, spec.dq_strides)
     if spec.dkv:
-        found.append(("dk", shape(call.heads_k, call.seqlen_k, call.head_dim), call.dtype))
-        found.append(("dv", shape(call.heads_k, call.seqlen_k, call.head_dim_v), call.dtype))
+        add("dk", spec.dk_shape, spec.dk_strides)
+        add("dv", spec.dv_shape, spec.dv_strides)
     if spec.dmask_shape is not None:
         assert call.mask is not None
-        found.append(("dmask", spec.dmask_shape, call.mask.dtype))
+        found.append(("dmask", spec.dmask_shape, _contiguous(spec.dmask_shape), call.mask.dtype))
     return found
 
 
-def _memory(spec: BackwardSpec, plan: BackwardPlan) -> list[tuple[TensorName, tuple[int, ...], tuple[int, ...], torch.dtype]]:
-    """Names, sizes, strides and dtypes of all that a pass allocates."""
-    workspaces = [(workspace.tensor, workspace.shape, workspace.dtype) for workspace in plan.program.workspaces]
-    return [
-        (name, shape, torch.empty(shape, device="meta").stride(), dtype) for name, shape, dtype in _outputs(spec) + workspaces
-    ]
+def _memory(spec: BackwardSpec, plan: BackwardPlan) -> list[_Memory]:
+    """All that a pass allocates."""
+    workspaces = ((one.tensor, one.shape, _contiguous(one.shape), one.dtype) for one in plan.program.workspaces)
+    return [*_outputs(spec), *workspaces]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _prepare_launches(spec: BackwardSpec, plan: BackwardPlan) -> Pass:
@@ -160,7 +170,7 @@ def _prepare_launches(spec: BackwardSpec, plan: BackwardPlan) -> Pass:
         for launch in plan.program.launches
     ]
     launches, index = [launcher.launch_here for launcher in launchers], launchers[0].device
-    memory, names = _memory(spec, plan), [name for name, _, _ in _outputs(spec)]
+    memory, names = _memory(spec, plan), [name for name, *_ in _outputs(spec)]
     directly, by_dispatcher = empty_directly(device), empty_by_dispatcher(device)
 
     def run(tensors: Tensors) -> Gradients:
@@ -184,8 +194,10 @@ def _prepare_launches(spec: BackwardSpec, plan: BackwardPlan) -> Pass:
 def _interpret(spec: BackwardSpec, plan: BackwardPlan, tensors: Tensors) -> Gradients:
     from flashcore.runtime.interpret import interpret
 
-    made: Gradients = {name: torch.empty(shape, dtype=dtype) for name, shape, _, dtype in _memory(spec, plan)}
+    made: Gradients = {
+        name: torch.empty_strided(shape, strides, dtype=dtype) for name, shape, strides, dtype in _memory(spec, plan)
+    }
     present = {**dict.fromkeys(TENSORS), **tensors, **made}
     for launch in plan.program.launches:
         interpret(launch.specialisation, launch.grid, launch.arguments, present)
-    return {name: made[name] for name, _, _ in _outputs(spec)}
+    return {name: made[name] for name, *_ in _outputs(spec)}

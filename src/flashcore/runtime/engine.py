@@ -12,8 +12,11 @@ from flashcore.autograd import Recorded
 from flashcore.backward_plan import Wanted, request, wanted_gradients
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.registry import BINDINGS
+from flashcore.kernels.specialisation import Specialisation
+from flashcore.memory_order import laid_out
 from flashcore.plan import Plan, make_plan
 from flashcore.runtime import backward, fast_path
+from flashcore.runtime.binary import Binary
 from flashcore.runtime.fast_path import (
     Calls,
     Launch,
@@ -90,7 +93,7 @@ def run_recorded(
     options: Options,
     impl: str,
 ) -> Result:
-    """The forward pass of a call that was recorded before it could be planned (torch.compile): o and lse, both contiguous.
+    """The forward pass of a call that was recorded before it could be planned (torch.compile): o as q lies, lse contiguous.
 
     With "auto", PyTorch runs it only where no kernel of ours can, because what its backward pass needs is not recorded.
     """
@@ -103,7 +106,7 @@ def run_recorded(
         prepared = _keep(key, prepare(spec, replace(plan, backward=None), options))
     o, lse = prepared.run(q, k, v, attn_mask)
     assert lse is not None
-    return o.contiguous(), lse.contiguous()
+    return laid_out(o, q), lse.contiguous()
 
 
 def _keep(key: Hashable | None, prepared: Prepared) -> Prepared:
@@ -176,7 +179,11 @@ def prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
         return Prepared(lambda q, k, v, attn_mask: autograd.record(recorded, q, k, v, attn_mask))
     if plan.interpreted:
         return _prepare_interpreted(spec, plan)
-    launch = _prepare_launch(spec, plan)
+    from flashcore.runtime.store import obtain
+
+    assert plan.specialisation is not None
+    binary = obtain(plan.specialisation, Target.of(spec.device))
+    launch = prepare_launch(spec, plan.impl, plan.specialisation, plan.grid, binary)
     return Prepared(
         lambda q, k, v, attn_mask: launch(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if attn_mask is None else attn_mask.data_ptr()
@@ -185,25 +192,23 @@ def prepare(spec: AttentionSpec, plan: Plan, options: Options) -> Prepared:
     )
 
 
-def _prepare_launch(spec: AttentionSpec, plan: Plan) -> Launch:
-    from flashcore.runtime.launch import Launcher
-    from flashcore.runtime.store import obtain
+def prepare_launch(spec: AttentionSpec, impl: str, specialisation: Specialisation, grid: int, binary: Binary) -> Launch:
+    """The launch of such calls by a kernel of ours, in a grid of so many blocks, with this binary of the specialisation.
 
-    assert plan.specialisation is not None
-    binding = BINDINGS[plan.impl]
-    counted = binding.needs_counter(spec, plan.specialisation, plan.grid)
+    Raises:
+        BinaryError, DriverError: as `Launcher`.
+    """
+    from flashcore.runtime.launch import Launcher
+
+    binding = BINDINGS[impl]
+    counted = binding.needs_counter(spec, specialisation, grid)
     device = spec.device
-    launcher = Launcher(
-        obtain(plan.specialisation, Target.of(device)),
-        device,
-        grid=plan.grid,
-        arguments=binding.arguments(spec, plan.specialisation),
-    )
+    launcher = Launcher(binary, device, grid=grid, arguments=binding.arguments(spec, specialisation))
     # every name that a launch uses is a variable of this function: nothing is looked up in an object or a module
     launch_here, index = launcher.launch_here, launcher.device
     directly, by_dispatcher = empty_directly(device), empty_by_dispatcher(device)
     current_device, deterministic = torch._C._cuda_getDevice, torch._C._get_deterministic_algorithms
-    o_shape, o_strides, dtype = spec.output_shape, _contiguous(spec.output_shape), spec.dtype
+    o_shape, o_strides, dtype = spec.output_shape, spec.output_strides, spec.dtype
     lse_shape, lse_strides, float32 = spec.lse_shape, _contiguous(spec.lse_shape), torch.float32
     with_lse = spec.return_lse
 
@@ -246,7 +251,7 @@ def _prepare_interpreted(spec: AttentionSpec, plan: Plan) -> Prepared:
     arguments = BINDINGS[plan.impl].arguments(spec, specialisation)
 
     def run_interpreted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> Result:
-        o = torch.empty(spec.output_shape, dtype=spec.dtype, device=spec.device)
+        o = torch.empty_strided(spec.output_shape, spec.output_strides, dtype=spec.dtype, device=spec.device)
         lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if spec.return_lse else None
         interpret(specialisation, plan.grid, arguments, {"q": q, "k": k, "v": v, "mask": attn_mask, "o": o, "lse": lse})
         return o, lse
