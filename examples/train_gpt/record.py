@@ -75,11 +75,11 @@ def plot(comparison: Comparison, path: Path) -> None:
     curves.legend()
     curves.grid(alpha=0.2)
     names = [run.attention for run in comparison.runs]
-    rates = [comparison.tokens_per_second(run) for run in comparison.runs]
+    rates = [comparison.tokens_per_second(run) / 1e6 for run in comparison.runs]
     bars = speeds.barh(names[::-1], rates[::-1], color=list(colours[: len(names)][::-1]))
-    speeds.bar_label(bars, labels=[f"{rate:,.0f}" for rate in rates[::-1]], padding=3, fontsize=8)
-    speeds.set(xlabel="tokens per second, forward and backward and optimiser")
-    speeds.margins(x=0.25)
+    speeds.bar_label(bars, labels=[f"{rate:.2f}" for rate in rates[::-1]], padding=3, fontsize=8)
+    speeds.set(xlabel="million tokens per second, of whole steps")
+    speeds.margins(x=0.35)
     found = comparison.environment
     figure.suptitle(
         f"{comparison.parameters / 1e6:.1f} million parameters, {comparison.batch} x {comparison.context} tokens a step, "

@@ -5,9 +5,10 @@ A block names the artifacts it was made from. One that has not been recorded is 
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,23 +22,21 @@ from flashcore.bench.crossover_view import crossover_view
 from flashcore.bench.markdown import to_markdown, view_to_markdown
 from flashcore.bench.shapes import DTYPES
 from flashcore.bench.view import View, figure
+from flashcore.document_ladder_blocks import debug_views, ladder, ladder_bar, ladder_step
+from flashcore.document_parts import NOTHING, each, origin, place, recorded, table
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
-from flashcore.kernels.registry import BINDINGS, KERNELS, LADDER, SHIPPED_ARCHS, Kernel
-from flashcore.ladder.artifact import LadderArtifact
-from flashcore.ladder.artifact import load as load_ladder
-from flashcore.ladder.bar import bar_view as ladder_bar_view
+from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
 from flashcore.ladder.steps import STEPS
-from flashcore.ladder.table import brought
-from flashcore.ladder.table import to_markdown as ladder_to_markdown
-from flashcore.sources import kernel_hash
+from flashcore.search.report import SearchReport
+from flashcore.search.report_view import to_markdown as search_tables
 from flashcore.spec import MAX_HEAD_DIM
+from flashcore.stored import read as read_record
 from flashcore.target import ARCH_OF_CAPABILITY, Target
 from flashcore.verify.cases import mission_cases
 from flashcore.verify.record import CaseRecord, VerifyRecord, counts, read
 from flashcore.verify.suite import VERDICTS
 
-NOTHING = "no artifact recorded"
 SMALL, HOPPER, PORTABLE = "flashcore-small", "flashcore-hopper", "flashcore-portable"
 FLASH, CUDNN = "sdpa-flash", "sdpa-cudnn"
 # What a reader compares first; EVALUATION.md has the whole tables.
@@ -99,16 +98,16 @@ class WheelCheck(BaseModel):
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
-    records = [path for name in ("verify", "verify-bwd") for path in _recorded(name)]
-    origins = [_origin(path, _read_verify(path).environment) for path in records]
+    records = [path for name in ("verify", "verify-bwd") for path in recorded(name)]
+    origins = [origin(path, _read_verify(path).environment) for path in records]
     return "\n".join(
         (
-            _table(("kernel", "arch", "compute capability", "binaries in a wheel", "verified", "state"), rows),
+            table(("kernel", "arch", "compute capability", "binaries in a wheel", "verified", "state"), rows),
             "",
             f"- dtypes {', '.join(DTYPES)}; head dims 1 to {MAX_HEAD_DIM}, v's may differ from q's; any lengths of q and of k",
             "- MHA, GQA and MQA; causal, window, softcap, bool and additive masks that broadcast, LSE; any strides with a "
             "contiguous last dimension",
-            *(f"- verified: {origin}" for origin in origins or [NOTHING]),
+            *(f"- verified: {one}" for one in origins or [NOTHING]),
         )
     )
 
@@ -132,16 +131,16 @@ def _support_row(kernel: Kernel, arch: str) -> tuple[str, ...]:
 
 def benchmark(name: str) -> str:
     """Every table of a benchmark artifact."""
-    return _each(f"bench-{name}", lambda path: _of_artifact(path, load(path)))
+    return each(f"bench-{name}", lambda path: _of_artifact(path, load(path)))
 
 
 def compact(name: str) -> str:
     """A grid's table with only the contenders that a reader compares first, by the mode that leads."""
-    return _each(f"bench-{name}", lambda path: _compact(path, load(path)))
+    return each(f"bench-{name}", lambda path: _compact(path, load(path)))
 
 
 def _of_artifact(path: Path, artifact: Artifact) -> str:
-    notes = [_origin(path, artifact.environment), *_mean_ratio(artifact)]
+    notes = [origin(path, artifact.environment), *_mean_ratio(artifact)]
     return to_markdown(artifact).rstrip() + "".join(f"\n- {note}" for note in notes)
 
 
@@ -162,12 +161,12 @@ def _mean_ratio(artifact: Artifact) -> list[str]:
 
 def bar(name: str) -> str:
     """The bars of a benchmark artifact's grid beside what was measured."""
-    return _each(f"bench-{name}", partial(_of_views, bar_views))
+    return each(f"bench-{name}", partial(_of_views, bar_views))
 
 
 def crossover() -> str:
     """Where our kernels change places."""
-    return _each("bench-crossover", partial(_of_views, _crossover_views))
+    return each("bench-crossover", partial(_of_views, _crossover_views))
 
 
 def _crossover_views(artifact: Artifact) -> list[View]:
@@ -178,7 +177,7 @@ def _crossover_views(artifact: Artifact) -> list[View]:
 def _of_views(make: Callable[[Artifact], list[View]], path: Path) -> str:
     artifact = load(path)
     tables = "\n".join(map(view_to_markdown, make(artifact))).rstrip() or "no run of the grid on a GPU\n"
-    return f"{tables}\n- {_origin(path, artifact.environment)}"
+    return f"{tables}\n- {origin(path, artifact.environment)}"
 
 
 def _compact(path: Path, artifact: Artifact) -> str:
@@ -200,7 +199,7 @@ def _compact(path: Path, artifact: Artifact) -> str:
 
 def verification(name: str) -> str:
     """How many cases of each group passed, failed, were skipped and were rejected, for each implementation."""
-    return _each(name, lambda path: _verification(path, _read_verify(path)))
+    return each(name, lambda path: _verification(path, _read_verify(path)))
 
 
 def _verification(path: Path, record: VerifyRecord) -> str:
@@ -208,7 +207,7 @@ def _verification(path: Path, record: VerifyRecord) -> str:
     for case in record.cases:
         by_implementation.setdefault(case.implementation, []).append(case)
     tables = [_verified(record, name, cases) for name, cases in by_implementation.items()]
-    return "\n".join((*tables, f"- {_origin(path, record.environment)}"))
+    return "\n".join((*tables, f"- {origin(path, record.environment)}"))
 
 
 def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> str:
@@ -226,7 +225,7 @@ def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> s
     lines = [
         f"**{name} on {record.device}, suite {record.suite}**",
         "",
-        _table(("cases", *VERDICTS, "largest error / its bound"), rows),
+        table(("cases", *VERDICTS, "largest error / its bound"), rows),
         "",
         f"- {len(binaries)} binaries of {name} ran",
         *(f"- {name} rejected {count}: {reason}" for reason, count in rejections.items()),
@@ -245,7 +244,7 @@ def _group_row(name: str, cases: Sequence[CaseRecord]) -> tuple[str, ...]:
 
 def launch() -> str:
     """What a call costs the host."""
-    return _each("launch-cost", _launch)
+    return each("launch-cost", _launch)
 
 
 def _launch(path: Path) -> str:
@@ -258,13 +257,12 @@ def _launch(path: Path) -> str:
         (name, *map(figure, (host.median, host.min, host.max, cost.stream_us_per_call[name].median)))
         for name, host in cost.host_us_per_call.items()
     ]
-    table = _table(columns, rows)
-    return f"{table}\n\n- {_origin(path, cost.environment)}"
+    return f"{table(columns, rows)}\n\n- {origin(path, cost.environment)}"
 
 
 def wheel() -> str:
     """A wheel that ran where there is no Triton and no compiler."""
-    return _each("wheel", _wheel)
+    return each("wheel", _wheel)
 
 
 def _wheel(path: Path) -> str:
@@ -279,51 +277,22 @@ def _wheel(path: Path) -> str:
         ("binary of the mission shape", f"{check.origin}, SHA-256 {check.binary_sha256}"),
         ("`flashcore verify --suite mission`", f"exit {check.verify_mission.exit}: {' '.join(check.verify_mission.summary)}"),
     ]
-    return f"{_table(('what', 'found'), rows)}\n\n- {_origin(path, check.environment)}"
+    return f"{table(('what', 'found'), rows)}\n\n- {origin(path, check.environment)}"
 
 
-def ladder() -> str:
-    """The ladder's tables, a shape each, and the plot of them where it was drawn."""
-    return _each("ladder", _ladder)
+def search() -> str:
+    """What searches for configurations found."""
+    return each("search", _search)
 
 
-def _ladder(path: Path) -> str:
-    artifact = load_ladder(path)
-    plot = f"img/ladder-{path.parent.name.rpartition('-')[2]}.png"
-    drawn = (evidence.FOLDER.parents[2] / "docs" / plot).exists()
-    picture = (
-        f"![The rate of each step on {artifact.environment.device_name}]({plot})" if drawn else f"docs/{plot}: not drawn yet"
-    )
-    tables = ladder_to_markdown(artifact).rstrip() or "no shape was timed"
-    return f"{picture}\n\n{tables}\n- {_ladder_origin(path, artifact)}"
-
-
-def ladder_bar() -> str:
-    """The ladder's bar beside what was measured."""
-    return _each("ladder", _ladder_bar)
-
-
-def _ladder_bar(path: Path) -> str:
-    artifact = load_ladder(path)
-    return f"{view_to_markdown(ladder_bar_view(artifact)).rstrip()}\n- {_ladder_origin(path, artifact)}"
-
-
-def ladder_step(name: str) -> str:
-    """What one step came to, a line a shape."""
-    return _each("ladder", partial(_ladder_step, name))
-
-
-def _ladder_step(name: str, path: Path) -> str:
-    artifact = load_ladder(path)
-    found = artifact.environment
-    lines = "\n".join(f"- {sentence}" for sentence in brought(artifact, name))
-    return f"On {found.device_name}, {found.time_utc:%Y-%m-%d} (`{_place(path)}`):\n\n{lines}"
-
-
-def _ladder_origin(path: Path, artifact: LadderArtifact) -> str:
-    production = {BINDINGS[step.impl].KERNEL for step in STEPS if step.impl is not None}
-    sources = {kernel: source for kernel, source in artifact.environment.kernel_sources.items() if kernel in production}
-    return _origin(path, artifact.environment, sources | artifact.sources)
+def _search(path: Path) -> str:
+    report = read_record(SearchReport, path)
+    for one in report.searches:
+        made_from = path.with_name(one.artifact)
+        if not made_from.exists() or hashlib.sha256(made_from.read_bytes()).hexdigest() != one.artifact_sha256:
+            got = f"{path} was made from {one.artifact}, which is not beside it as it was then"
+            raise ArgumentValueError(f"artifact: {got}; allowed: the report of what is there (`flashcore search report`)")
+    return search_tables(report, place(path))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -348,18 +317,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "launch": launch,
     "ladder-table": ladder,
     "bar-ladder": ladder_bar,
+    "debug-views": debug_views,
+    "search": search,
     **{f"ladder-{step.name}": partial(ladder_step, step.name) for step in STEPS},
 }
-
-
-def _recorded(name: str) -> list[Path]:
-    return sorted(evidence.FOLDER.glob(f"*/{name}.json"))
-
-
-def _each(name: str, text: Callable[[Path], str]) -> str:
-    """The text of each GPU's artifact of that name."""
-    paths = _recorded(name)
-    return "\n\n".join(map(text, paths)) if paths else f"{name}.json: {NOTHING}"
 
 
 def _read_verify(path: Path) -> VerifyRecord:
@@ -367,30 +328,3 @@ def _read_verify(path: Path) -> VerifyRecord:
         return read(path)
     except (OSError, ValidationError) as error:
         raise ArgumentValueError(f"artifact: {path} is not a record of flashcore verify: {error}") from error
-
-
-def _place(path: Path) -> str:
-    """An artifact's place in the repository."""
-    return f"src/flashcore/evidence/{path.parent.name}/{path.name}"
-
-
-def _origin(path: Path, found: Environment, sources: dict[str, str] | None = None) -> str:
-    """The artifact, when, where and with what it was made, and whether a kernel has changed since.
-
-    `sources`: the kernels that it is of, with the hashes of their sources; by default those of the environment.
-    """
-    parts = [f"{found.time_utc:%Y-%m-%d}", found.device_name]
-    parts += [f"driver {found.gpu.driver}"] if found.gpu else []
-    versions = (("CUDA", found.cuda), ("cuDNN", found.cudnn), ("torch", found.torch), ("Triton", found.triton))
-    parts += [f"{name} {version}" for name, version in versions if version]
-    parts += [f"commit {found.git.sha[:12]}{' and changes' if found.git.dirty else ''}"] if found.git else []
-    known = {**KERNELS, **LADDER}
-    of = found.kernel_sources if sources is None else sources
-    changed = [kernel for kernel, source in of.items() if kernel in known and source != kernel_hash(kernel)]
-    parts += [f"**before the present source of {', '.join(changed)}**"] if changed else []
-    return f"`{_place(path)}`: {', '.join(parts)}"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

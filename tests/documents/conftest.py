@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from flashcore.bench.shapes import GRIDS, NAMED_SHAPES, Shape
 from flashcore.bench.stats import ratio_of_medians
 from flashcore.bench.timing import Series
 from flashcore.bench.work import Direction
+from flashcore.debug.artifact import DebugArtifact, ViewVerdict
+from flashcore.debug.compare import PartVerdict
+from flashcore.debug.views import VIEWS
 from flashcore.environment import Clocks, Environment, Git, Gpu
 from flashcore.evidence import Index
 from flashcore.kernels.registry import KERNELS, LADDER
@@ -21,6 +25,9 @@ from flashcore.ladder.artifact import LadderArtifact, TimedShape
 from flashcore.ladder.checks import StepVerification, cases
 from flashcore.ladder.measure import SHAPES
 from flashcore.ladder.steps import STEPS
+from flashcore.search.report import Best, Found, SearchReport
+from flashcore.search.schema import Environment as SearchVisit
+from flashcore.search.schema import Problem
 from flashcore.sources import kernel_hash, kernel_hashes
 from flashcore.verify.record import BinaryRecord, CaseRecord, Error, LaunchRecord, VerifyRecord
 
@@ -207,18 +214,74 @@ def _ladder() -> LadderArtifact:
     )
 
 
+def _debug_artifact() -> DebugArtifact:
+    """The scalar step's views; a quarter of the bound is used, and one of five tiles of the output is wrong."""
+
+    def part(wrong: int) -> PartVerdict:
+        return PartVerdict(name="s", tile=(16, 1), tiles=5, wrong=wrong, error=0.25, bound=1.0, first=None, map=[])
+
+    return DebugArtifact(
+        environment=environment(),
+        subject="scalar",
+        shape=NAMED_SHAPES["mission"],
+        seed=0,
+        interpreted=False,
+        kernels=["ladder_scalar-d64"],
+        sources={"ladder_scalar": kernel_hash("ladder_scalar")},
+        binaries=["6" * 64],
+        views=[ViewVerdict(view=view, parts=[part(int(view == "pv"))]) for view in VIEWS],
+    )
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source checkout with no evidence and no documents, in place of this one."""
     package = tmp_path / "src" / "flashcore"
     (package / "evidence").mkdir(parents=True)
-    (tmp_path / "docs" / "img").mkdir(parents=True)
+    for folder in ("img", "notes"):
+        (tmp_path / "docs" / folder).mkdir(parents=True)
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(documents, "PACKAGE", package)
     monkeypatch.setattr(evidence, "FOLDER", package / "evidence")
     evidence.indexes.cache_clear()
     yield tmp_path
     evidence.indexes.cache_clear()
+
+
+def _search_report() -> SearchReport:
+    sizes = {"batch": 4, "heads": 8, "heads_k": 8, "seqlen_q": 128, "seqlen_k": 128, "head_dim": 64, "head_dim_v": 64}
+    form = {"cluster": 1, "keys": 128, "block_n": 128}
+    visit = SearchVisit(
+        gpu="NVIDIA H200",
+        sm_count=132,
+        driver="580.159.04",
+        torch="2.11.0+cu130",
+        cuda="13.0",
+        git_sha="abcdef012345" + "0" * 28,
+        git_dirty=True,
+        time="2026-11-20T00:00:00+00:00",
+        command=["flashcore"],
+    )
+    best = Best(name="f", config=form, us=2.0, incumbent_us=2.2, sdpa_us=4.0, ratio=1.1, ratio_low=1.09, ratio_high=1.11)
+    found = Found(
+        artifact="search-small.json",
+        artifact_sha256=sha256(b"{}").hexdigest(),
+        problem=Problem(impl="small", **sizes),
+        sampler="random",
+        seed=0,
+        visits=[visit],
+        source_sha256=kernel_hash("small_forward"),
+        fitting=40,
+        evaluations=2,
+        verdicts={"measured": 2},
+        incumbent=form,
+        best=best,
+        speeds=[1.0, 1.1],
+        compared=None,
+    )
+    return SearchReport(
+        time=visit.time, command=visit.command, git_sha=visit.git_sha, git_dirty=True, seeds=50, plot="s.png", searches=[found]
+    )
 
 
 @pytest.fixture
@@ -238,6 +301,10 @@ def record(checkout: Path) -> Callable[[], Path]:
         _artifact(GRIDS["fa-bwd"], "fa-bwd", "fwdbwd").save(folder / "bench-fwdbwd.json")
         _artifact(GRIDS["train"], "train", "fwdbwd").save(folder / "bench-train.json")
         _ladder().save(folder / "ladder.json")
+        (folder / "search-small.json").write_text("{}")
+        _search_report().save(folder / "search.json")
+        (folder / "debug").mkdir()
+        _debug_artifact().save(folder / "debug" / "scalar.json")
         (folder / "verify.json").write_text(_verify_record().model_dump_json())
         (folder / "verify-bwd.json").write_text(_backward_record().model_dump_json())
         (folder / "index.json").write_text(_index().model_dump_json())

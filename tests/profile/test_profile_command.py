@@ -128,6 +128,16 @@ def test_every_recorded_run_is_placed(run: Run, tmp_path: Path, path: Path) -> N
     assert "empty kernel" not in printed and f"{artifact.peaks.copy_tbytes:.3g} TB/s" in printed
 
 
+def test_the_ladders_record_is_placed_with_all_its_shapes(run: Run, tmp_path: Path) -> None:
+    path = evidence.FOLDER / "nvidia-h200" / "ladder.json"
+    code, printed, _ = run("--from", str(path), "--out", str(tmp_path))
+    assert code == 0 and (tmp_path / "roofline-ladder.png").read_bytes().startswith(PNG)
+    assert {line.split("│")[2].strip() for line in printed.splitlines() if "ladder-hopper" in line} == {
+        "1,8,512,64 fp16",
+        "4,16,4096,64 fp16",
+    }
+
+
 def test_a_recorded_run_is_narrowed(run: Run) -> None:
     fa = str(evidence.FOLDER / "nvidia-h200" / "bench-fa.json")
     code, printed, _ = run("hopper", "--from", fa, "--shape", "8,16,2048,128", "--causal")

@@ -28,7 +28,19 @@ OURS = "#1b7f4d"
 DASHES = {"flashcore-portable": "--", "flashcore-hopper": ":", "flashcore-small": "-."}
 HATCHES = {"flashcore-portable": "//", "flashcore-hopper": "..", "flashcore-small": "xx"}
 FLOOR = "#b0b0b0"
-PEERS = ("#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd", "#ccb974", "#55606e")
+PEERS = (
+    "#4c72b0",
+    "#dd8452",
+    "#8172b3",
+    "#c44e52",
+    "#937860",
+    "#da8bc3",
+    "#64b5cd",
+    "#ccb974",
+    "#55606e",
+    "#111111",
+    "#a0522d",
+)
 
 
 def require_matplotlib() -> None:

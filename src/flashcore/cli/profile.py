@@ -47,7 +47,7 @@ def profile(
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     use_ncu: Annotated[bool, typer.Option("--ncu/--no-ncu", help="Read counters with Nsight Compute where it is.")] = True,
     from_: Annotated[
-        Path | None, typer.Option("--from", help="Place what this artifact of flashcore bench recorded; measure nothing.")
+        Path | None, typer.Option("--from", help="Place what this artifact of bench or ladder recorded; measure nothing.")
     ] = None,
     paper: Annotated[str | None, typer.Option(help="l4: the datasheet's bounds, no measurement.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the plot (PNG) and the records (JSON).")] = None,
@@ -115,12 +115,12 @@ def _paper(name: str, shapes: tuple[Shape, ...]) -> Roofline:
 
 
 def _from_artifact(path: Path, impl: str | None, shapes: tuple[Shape, ...], progress: Console) -> Roofline:
-    from flashcore.bench.artifact import load
+    from flashcore.profile import recorded
     from flashcore.profile.roofline import of_artifact
     from flashcore.profile.subjects import contender_name
 
     _say(progress, f"Reading {path}: nothing is measured here.")
-    return of_artifact(load(path), contender=contender_name(impl) if impl else None, shapes=shapes)
+    return of_artifact(recorded.load(path), contender=contender_name(impl) if impl else None, shapes=shapes)
 
 
 def _call(

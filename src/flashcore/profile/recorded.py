@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from flashcore.bench import artifact as bench
 from flashcore.bench.artifact import Artifact
 from flashcore.bench.shapes import Shape
-from flashcore.errors import UnsupportedError
+from flashcore.errors import ArgumentValueError, UnsupportedError
 from flashcore.evidence.build import artifacts, folders
 from flashcore.ladder import artifact as ladder
 
@@ -32,6 +33,21 @@ def find(contender: str, shapes: Collection[Shape]) -> Artifact:
             f"recorded are {'; '.join(known[:SHOWN]) or 'no shapes'}{more}"
         )
     return max(fitting, key=lambda run: run.environment.time_utc)
+
+
+def load(path: Path) -> Artifact:
+    """What an artifact of `flashcore bench` or of `flashcore ladder` timed, the ladder's shapes in one.
+
+    Raises:
+        ArgumentValueError: it cannot be read, or is of neither.
+    """
+    try:
+        runs = [shape.bench for shape in ladder.load(path).shapes]
+    except ArgumentValueError:
+        return bench.load(path)  # or says what is wrong with it
+    if not runs:
+        raise ArgumentValueError(f"artifact: {path} holds no shape that was timed; allowed: a ladder that was run on a GPU")
+    return runs[0].model_copy(update={"shapes": [record for run in runs for record in run.shapes]})
 
 
 def _ladder(folder: Path) -> list[Artifact]:
