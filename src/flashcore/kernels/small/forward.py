@@ -17,7 +17,7 @@ from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.softmax import finite_pivot, inverse_and_lse, thread_sums
 from flashcore.kernels.hopper.view import view_output, view_scores, view_statistics, view_weights
-from flashcore.kernels.small.cluster import expect, wait_for_cluster
+from flashcore.kernels.small.cluster import expect
 from flashcore.kernels.small.layouts import stored
 from flashcore.kernels.small.peers import ROWS, Peers
 
@@ -149,5 +149,4 @@ def small_forward(
     inside = (rows < seqlen_q)[:, None] & (columns < head_dim_v)[None, :]
     gl.store(o_ptrs, gl.convert_layout(o.to(dtype), layout), mask=inside)
     if CLUSTER > 1:
-        # what the others copy from is in this block's memory
-        wait_for_cluster()
+        peers.leave()

@@ -100,3 +100,11 @@ class Peers:
         for slot in gl.static_range(self.SIZE - 1):
             o += self.tile_inbox.index(slot).load(layout) * factors[slot]
         return o
+
+    @gluon.jit
+    def leave(self):
+        """Wait until the others have what they copy from this block's memory: before that, it must not end."""
+        wait_for_cluster()
+        # To the compiler the outbox ends with the block's own last look at it, and it would put other things there, which
+        # copies still under way would send. A use after the wait keeps the memory; it makes no instruction.
+        self.outbox._keep_alive()
