@@ -9,6 +9,7 @@ from flashcore.kernels.binding import Binding
 from flashcore.kernels.hopper import backward_binding as hopper_backward
 from flashcore.kernels.hopper import backward_dq_launch as hopper_dq
 from flashcore.kernels.hopper import backward_main as hopper_main
+from flashcore.kernels.hopper import backward_wide_launch as hopper_wide
 from flashcore.kernels.hopper import binding as hopper
 from flashcore.kernels.portable import backward_binding as portable_backward
 from flashcore.kernels.portable import binding as portable
@@ -137,6 +138,14 @@ KERNELS = {
             "flashcore.kernels.hopper.backward",
             "hopper_backward",
             hopper_main.SOURCES,
+            hopper_backward,
+            triton="3.9.0",
+        ),
+        Kernel(
+            hopper_wide.KERNEL,
+            "flashcore.kernels.hopper.backward_wide",
+            "hopper_backward_wide",
+            hopper_wide.SOURCES,
             hopper_backward,
             triton="3.9.0",
         ),

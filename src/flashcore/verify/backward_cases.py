@@ -68,6 +68,8 @@ def _empty_rows() -> list[Case]:
         *cases,
         replace(shape, name="backward-dead-rows-causal-d128-bhsd", causal=True, head_dim=128, layout="bhsd"),
         replace(shape, name="backward-dead-rows-gqa", causal=True, heads_q=6, heads_k=2),
+        replace(shape, name="backward-dead-rows-softcap-causal", causal=True, softcap=5.0, return_lse=True),
+        replace(shape, name="backward-dead-rows-softcap-window", window=(20, 3), softcap=5.0, head_dim=128),
         replace(shape, name="backward-dead-rows-add", seqlen_q=67, mask=MaskCase("add_empty_rows")),
         replace(shape, name="backward-dead-keys-and-rows", seqlen_q=67, mask=MaskCase("bool_none"), dead_nan=True),
     ]
@@ -131,8 +133,14 @@ def _shipped() -> list[Case]:
                 replace(exact, name=f"{exact.name}-causal", causal=True),
                 replace(exact, name=f"{exact.name}-window", window=(100, 30)),
                 replace(exact, name=f"{exact.name}-lse", return_lse=True),
+                replace(exact, name=f"{exact.name}-softcap", softcap=20.0),
             ]
             # mypy does not match a dict of ints with replace's keywords
             # MANY's values are ints, of fields that take ints
             cases += [*plain, *(replace(case, name=f"{case.name}-many", **MANY) for case in plain)]  # type: ignore[arg-type]
+        for head_dim, head_dim_v in ((192, 128), (256, 256)):
+            exact = Case(name=f"backward-shipped-{name}-d{head_dim}v{head_dim_v}", dtype=dtype, return_lse=False)
+            exact = replace(exact, head_dim=head_dim, head_dim_v=head_dim_v, heads_q=4, heads_k=2, seqlen_q=197, seqlen_k=333)
+            causal = replace(exact, name=f"{exact.name}-causal-many", causal=True, **MANY)  # type: ignore[arg-type]
+            cases += [exact, replace(exact, name=f"{exact.name}-window", window=(100, 30)), causal]
     return cases

@@ -3,7 +3,8 @@
 A block owns 128 keys of one kv head: one producer warp copies query blocks into shared memory and two consumer warpgroups of 64
 keys each sum up dk and dv, over every query head that shares the keys. dq is summed by all blocks of a head in float32 memory,
 by atomics, or left to another kernel where results must be bitwise the same. The parts are in files of their own:
-backward_shared.py, backward_producer.py, backward_consumer.py, and the forward kernel's ring.py, operand.py, tiles.py, mask.py.
+backward_shared.py, backward_producer.py, backward_consumer.py, backward_softcap.py, and the forward kernel's ring.py,
+operand.py, tiles.py, mask.py.
 """
 
 from flashcore.kernels.hopper.backward_consumer import consume
@@ -19,7 +20,7 @@ from flashcore.kernels.hopper.tiles import Tiles
 def hopper_backward(
     q_map, do_map, k_map, v_map, dk_map, dv_map, row_lse_ptr, delta_ptr, dq_sum_ptr,
     kv_heads, heads_k, heads_per_kv, seqlen_q, seqlen_k, blocks_per_head, first_query, first_key, band_lo, band_hi, group_heads,
-    exponent_scale, scale,
+    exponent_scale, scale, cap_scale,
     SLOTS: gl.constexpr, DQ: gl.constexpr, HAS_LO: gl.constexpr, HAS_HI: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -29,6 +30,7 @@ def hopper_backward(
     [1, 1, 64, DIM]. Those of q and do begin at row first_query and those of k and v at first_key, and end where nothing follows
     that takes part. row_lse, delta and dq_sum are as backward_prepare.py leaves them. `kv_heads` is B * Hk, blocks_per_head the
     number of blocks of BLOCK_M rows of a padded head. Key j is attended by row i iff j + band_lo <= i <= j + band_hi.
+    exponent_scale and cap_scale are backward_factors.py's; cap_scale is None, a constant, without a softcap.
     """
     BLOCK_M: gl.constexpr = q_map.block_shape[2]
     KEYS: gl.constexpr = k_map.block_shape[2]
@@ -59,7 +61,7 @@ def hopper_backward(
     )  # fmt: skip
     s = BackwardShared(
         q, do, k, v, dk, dv, rows, ds, q_ring, kv_ring, ds_full, tiles, heads_per_kv, blocks_per_head, first_query, first_key,
-        dq_sum_ptr, exponent_scale, scale, DQ,
+        dq_sum_ptr, exponent_scale, scale, cap_scale, DQ, DQ and cap_scale is None,
     )  # fmt: skip
     gl.warp_specialize(
         [(consume, (gl.constexpr(0), s)), (consume, (gl.constexpr(1), s)), (produce, (s,))],

@@ -12,7 +12,9 @@ from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer
 from flashcore.kernels.hopper import backward_dq_launch as dq
 from flashcore.kernels.hopper import backward_main as main
-from flashcore.kernels.hopper.backward_config import PREPARED_ELEMENTS
+from flashcore.kernels.hopper import backward_wide_launch as wide
+from flashcore.kernels.hopper.backward_config import HEAD_DIMS, PREPARED_ELEMENTS, WIDE_CONFIGS, padded_head_dims
+from flashcore.kernels.hopper.backward_factors import Factors
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.program import Launch, Program, Workspace
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
@@ -20,11 +22,11 @@ from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisati
 IMPL = "hopper"
 PREPARE = "hopper_backward_prepare"
 FINISH = "hopper_backward_finish"
-KERNELS: tuple[str, ...] = (PREPARE, main.KERNEL, dq.KERNEL, FINISH)
+KERNELS: tuple[str, ...] = (PREPARE, main.KERNEL, wide.KERNEL, dq.KERNEL, FINISH)
 # Rows and columns of a tile of dq's sums in fragment order.
 FRAGMENT = 64
 MAX_PROGRAMS = 2**30
-# The log-sum-exp is divided by the scale, and the quotient must be a float32.
+# Without a softcap the log-sum-exp is divided by the scale, and the quotient must be a float32.
 MIN_SCALE = 1e-30
 
 
@@ -36,16 +38,10 @@ def reject(spec: BackwardSpec, arch: str | None, interpreted: bool) -> str | Non
         return refusal
     if not spec.do_aligned:
         return "needs strides and an address of the output's gradient that are multiples of 16 bytes (8 elements)"
-    if call.softcap != 0:
-        return "takes no softcap backwards"
-    if call.scale < MIN_SCALE:
+    if call.softcap == 0 and call.scale < MIN_SCALE:
         return f"needs a scale of at least {MIN_SCALE:g} backwards; got {call.scale:g}"
-    widest = max(main.BLOCK_ROWS)
-    if max(call.head_dim, call.head_dim_v) > widest:
-        return f"takes head dims up to {widest} backwards; got {call.head_dim} and {call.head_dim_v}"
-    if main.padded_head_dim(call.head_dim) != main.padded_head_dim(call.head_dim_v):
-        built = " or ".join(map(str, sorted(main.BLOCK_ROWS)))
-        return f"takes head dims that are padded to the same of {built}; got {call.head_dim} and {call.head_dim_v}"
+    if call.softcap != 0 and _is_wide(spec):
+        return f"takes no softcap with head dims beyond 128 backwards; got {call.head_dim} and {call.head_dim_v}"
     if call.seqlen_q == 0:
         return "needs a query"
     if call.batch * max(call.heads_q * call.seqlen_q, call.heads_k * call.seqlen_k) > FRAGMENT * (MAX_PROGRAMS - 1):
@@ -63,10 +59,10 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
     launches = [_prepare(spec, zero_dq_sum=fused)]
     workspaces = [Workspace("row_lse", (heads, rows), torch.float32), Workspace("delta", (heads, rows), torch.float32)]
     if spec.dkv:
-        launches.append(main.launch(spec, fused=fused))
+        launches.append(wide.launch(spec) if _is_wide(spec) else main.launch(spec, fused=fused))
     if fused:
         launches.append(_finish(spec))
-        tiles = (heads, rows // FRAGMENT, main.padded_head_dim(call.head_dim) // FRAGMENT)
+        tiles = (heads, rows // FRAGMENT, _head_dims(spec)[0] // FRAGMENT)
         workspaces.append(Workspace("dq_sum", (*tiles, FRAGMENT * FRAGMENT), torch.float32))
     elif spec.dq:
         launches.append(dq.launch(spec))
@@ -74,8 +70,19 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
 
 
 def reproducible(spec: BackwardSpec) -> bool:
-    """Whether the program of a pass gives bitwise equal results run to run, asked for or not."""
-    return spec.deterministic or not (spec.dq and spec.dkv)
+    """Whether the program of a pass gives bitwise equal results run to run, asked for or not.
+
+    Where heads are wide nothing is fused: a thread has no registers for sums of all three gradients.
+    """
+    return spec.deterministic or not (spec.dq and spec.dkv) or _is_wide(spec)
+
+
+def _head_dims(spec: BackwardSpec) -> tuple[int, int]:
+    return padded_head_dims(spec.call.head_dim, spec.call.head_dim_v)
+
+
+def _is_wide(spec: BackwardSpec) -> bool:
+    return _head_dims(spec) in WIDE_CONFIGS
 
 
 def matrix_instruction(specialisation: Specialisation, arch: str) -> str | None:
@@ -87,17 +94,30 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
     """The specialisations, of all its kernels, that a wheel holds for an arch: all there are."""
     if arch != ARCH:
         return ()
-    forms = [(dtype, head_dim) for dtype in DTYPES for head_dim in sorted(main.BLOCK_ROWS)]
+    fused = [(dtype, head_dim) for dtype in DTYPES for head_dim in sorted(main.BLOCK_ROWS)]
+    kinds = ((False, False), (True, False), (True, True))
     return (
-        *(_specialise_prepare(*form) for form in forms),
+        *(_specialise_prepare(dtype, head_dim) for dtype in DTYPES for head_dim in sorted({dv for _, dv in HEAD_DIMS})),
         *(
-            main.specialise(main.MainFeatures(*form, banded, summed))
-            for form in forms
-            for banded in (False, True)
+            main.specialise(main.MainFeatures(*form, banded, summed, softcap))
+            for form in fused
+            for banded, softcap in kinds
             for summed in (False, True)
         ),
-        *(dq.specialise(dq.DqFeatures(*form, banded)) for form in forms for banded in (False, True)),
-        *(_specialise_finish(*form) for form in forms),
+        *(
+            wide.specialise(wide.WideFeatures(dtype, head_dims, banded))
+            for dtype in DTYPES
+            for head_dims in WIDE_CONFIGS
+            for banded in (False, True)
+        ),
+        *(
+            dq.specialise(dq.DqFeatures(dtype, head_dims, banded, softcap))
+            for dtype in DTYPES
+            for head_dims in HEAD_DIMS
+            for banded, softcap in kinds
+            if not (softcap and head_dims in WIDE_CONFIGS)
+        ),
+        *(_specialise_finish(*form) for form in fused),
     )
 
 
@@ -121,7 +141,7 @@ def _prepared_rows(head_dim: int) -> int:
 
 def _prepare(spec: BackwardSpec, *, zero_dq_sum: bool) -> Launch:
     call = spec.call
-    head_dim, rows = main.padded_head_dim(call.head_dim_v), main.padded_rows(call.seqlen_q)
+    head_dim, rows = _head_dims(spec)[1], main.padded_rows(call.seqlen_q)
     return Launch(
         _specialise_prepare(call.dtype, head_dim),
         call.batch * call.heads_q * (rows // _prepared_rows(head_dim)),
@@ -133,7 +153,7 @@ def _prepare(spec: BackwardSpec, *, zero_dq_sum: bool) -> Launch:
             call.seqlen_q,
             rows,
             call.head_dim_v,
-            -1 / call.scale,
+            Factors.of(call).lse,
             int(spec.dlse),
             int(zero_dq_sum),
         ),
@@ -154,7 +174,7 @@ def _finish(spec: BackwardSpec) -> Launch:
     call = spec.call
     rows = main.padded_rows(call.seqlen_q)
     return Launch(
-        _specialise_finish(call.dtype, main.padded_head_dim(call.head_dim)),
+        _specialise_finish(call.dtype, _head_dims(spec)[0]),
         call.batch * call.heads_q * (rows // FRAGMENT),
         (
             Pointer("dq_sum"),

@@ -4,16 +4,22 @@ With s = q k^T, p = exp(scale s - lse) and delta = rowsum(do * o) - dlse (FlashA
 
     dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),   dk = scale ds^T q,   dq = scale ds k
 
+and with a softcap p and ds as backward_softcap.py has them.
+
 Scores and dp are computed transposed, [64 keys, BLOCK_M query rows]: then p and ds are in registers what the products for dv
 and dk take as their left operand. Their accumulators start at -lse / scale and -delta of each row, which costs nothing where
-subtracting them later would. ds goes to shared memory for dq, of which each warpgroup computes half, over all 128 keys.
+subtracting them later would; scores that are to be capped start at 0. ds goes to shared memory for dq, of which each warpgroup
+computes half, over all 128 keys.
 """
 
 from flashcore.kernels.hopper.backward_shared import BackwardShared
+from flashcore.kernels.hopper.backward_softcap import cap_scores, weights_and_slopes
+from flashcore.kernels.hopper.exchange import arrive_together
 from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from flashcore.kernels.hopper.launches import wait_for_earlier_launch
 from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
+from flashcore.kernels.hopper.opaque import opaque
 
 # A warpgroup's part of a block's dq: all columns of half of 128 rows, or half the columns of 64 rows.
 DQ_TILE: gl.constexpr = gl.constexpr(64)
@@ -22,45 +28,63 @@ NO_END: gl.constexpr = gl.constexpr(2**30)
 
 
 @gluon.jit
-def _here(NUMBER: gl.constexpr):
-    """A constant that Triton's compiler cannot see through, so that what depends on it is computed where it is used.
-
-    It would compute the matrix descriptors of all slices of k and v before the loop, which has no registers to keep them;
-    ptxas, which sees the constant again, puts them together from uniform registers.
-    """
-    return gl.inline_asm("mov.u32 $0, $1;", "=r,n", [NUMBER], gl.int32, False)
-
-
-@gluon.jit
 def _start_from_rows(s, WARPGROUP: gl.constexpr, left, right, numbers, slot):
     """Start left right^T + numbers: [64, BLOCK_M], of the keys or values of a warpgroup and a slot's queries or gradients."""
     layout: gl.constexpr = accumulator(s.rows.BLOCK_M)
     row = numbers.index(slot).load(gl.SliceLayout(0, layout))
     start = row[None, :].broadcast_to([left.ROWS, s.rows.BLOCK_M])
-    a, _ = left.tile(_here(WARPGROUP))
+    a, _ = left.tile(opaque(WARPGROUP))
     b, _ = right.tile(slot)
     return warpgroup_mma(a, b.permute((1, 0)), start, is_async=True)
 
 
 @gluon.jit
-def _start_scores(s, WARPGROUP: gl.constexpr, use):
-    """Start k q^T - lse / scale with the next queries."""
-    return _start_from_rows(s, WARPGROUP, s.k, s.q, s.rows.lse, s.q_ring.wait(use))
+def _start_scores(s, WARPGROUP: gl.constexpr, slot):
+    """Start k q^T - lse / scale with the queries of a slot; with a softcap, k q^T."""
+    if s.cap_scale is None:
+        return _start_from_rows(s, WARPGROUP, s.k, s.q, s.rows.lse, slot)
+    else:
+        k, _ = s.k.tile(opaque(WARPGROUP))
+        q, _ = s.q.tile(slot)
+        start = gl.zeros([s.k.ROWS, s.rows.BLOCK_M], gl.float32, accumulator(s.rows.BLOCK_M))
+        return warpgroup_mma(k, q.permute((1, 0)), start, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _probabilities(s, scores, first_row, last_row, block, masked, past_end):
-    """p^T of a query block, 0 for keys past the end, as a left operand.
+def _cap_and_mask(s, scores, first_row, last_row, block, masked, past_end):
+    """What `_weights` takes of the scores of a query block.
 
     Key i of the warpgroup is attended by rows [i + first_row, i + last_row].
     """
     tiles = s.tiles
+    if s.cap_scale is not None:
+        scores = cap_scores(scores, s.cap_scale, 1.0 + past_end[:, None])
     if tiles.HAS_LO or tiles.HAS_HI:
         if masked:
             m0 = block * s.rows.BLOCK_M
             scores = mask_scores(scores, 0, m0, NO_END, first_row, last_row, tiles.HAS_LO, tiles.HAS_HI)
-    p = gl.exp2(scores * s.exponent_scale + past_end[:, None])
-    return gl.convert_layout(p.to(s.q.main.dtype), left_operand(s.k.DIM))
+    return scores
+
+
+@gluon.jit
+def _weights(s, scores, slot, past_end):
+    """What dv and ds take of a slot's queries, as left operands: (p^T,), which both take, or with a softcap (p^T, p^T * slope).
+
+    0 for keys past the end.
+    """
+    if s.cap_scale is None:
+        p = gl.exp2(scores * s.exponent_scale + past_end[:, None])
+        return (_as_left_operand(s, p),)
+    else:
+        row_lse = s.rows.lse.index(slot).load(gl.SliceLayout(0, scores.type.layout))
+        p, sloped = weights_and_slopes(scores, s.exponent_scale, row_lse[None, :])
+        return _as_left_operand(s, p), _as_left_operand(s, sloped)
+
+
+@gluon.jit
+def _as_left_operand(s, x):
+    """A tile like p^T in 16 bits, as what it is multiplied with takes it."""
+    return gl.convert_layout(x.to(s.q.main.dtype), left_operand(s.k.DIM))
 
 
 @gluon.jit
@@ -95,54 +119,49 @@ def _add_dq(s, WARPGROUP: gl.constexpr, dq, number):
 
 
 @gluon.jit
-def _arrive(barrier):
-    """One lane of each warp arrives for all that its warp has written."""
-    gl.inline_asm(
-        """{ .reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;
-        @p mbarrier.arrive.shared::cta.b64 _, [$0]; }""",
-        "r",
-        [barrier],
-    )
-
-
-@gluon.jit
 def _step(
-    s, WARPGROUP: gl.constexpr, use, has_next, previous, first_row, last_row, next_block, masked, dk, dv, p, dq, past_end
+    s, WARPGROUP: gl.constexpr, use, has_next, number, first_row, last_row, next_block, masked, dk, dv, weights, dq, past_end
 ):
-    """The gradients of the query block of `use`, whose probabilities are p, and the probabilities of the next.
+    """The gradients of the query block of `use`, of which `weights` are, and the weights of the next.
 
-    dq is that of the block before, `previous`: it goes to memory while the matrix unit is at dp and dv of this one. Where there
-    is no next block, its probabilities are of whatever lies in shared memory, and nothing uses them: a step of its own for the
-    last block would take the registers that the loop needs.
+    dq is that of the block before and goes to memory while the matrix unit is at dp and dv of this one. With a softcap its
+    registers are the weights': it is made and goes to memory within the step, beside the capping of the next block's scores.
+    `number` is that of the block whose dq goes to memory, counted through all heads. Where there is no next block, its weights
+    are of whatever lies in shared memory, and nothing uses them: a step of its own for the last block would take the registers
+    that the loop needs.
     """
     slot = use % s.q_ring.SLOTS
     buffer = use % 2
     q, _ = s.q.tile(slot)
     do, _ = s.do.tile(slot)
     dp = _start_from_rows(s, WARPGROUP, s.v, s.do, s.rows.delta, slot)
+    p = weights[0]
     dv = warpgroup_mma(p, do, dv, is_async=True)
-    if s.DQ:
-        _add_dq(s, WARPGROUP, dq, previous)
+    if s.CARRY_DQ:
+        _add_dq(s, WARPGROUP, dq, number)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = (gl.convert_layout(p, dp.type.layout).to(gl.float32) * dp).to(p.dtype)
+    ds = (gl.convert_layout(weights[-1], dp.type.layout).to(gl.float32) * dp).to(p.dtype)
     if s.DQ:
         s.ds.index(2 * buffer + WARPGROUP).store(ds)
         fence_async_shared()
-        _arrive(s.ds_full.index(buffer))
+        arrive_together(s.ds_full.index(buffer))
     dk = warpgroup_mma(gl.convert_layout(ds, p.type.layout), q, dk, is_async=True)
     next_slot = (use + 1) % s.q_ring.SLOTS
     mbarrier.wait(s.q_ring.full.index(next_slot), ((use + 1) // s.q_ring.SLOTS) & 1, pred=has_next)
-    scores = _start_from_rows(s, WARPGROUP, s.k, s.q, s.rows.lse, next_slot)
+    scores = _start_scores(s, WARPGROUP, next_slot)
     dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
     s.q_ring.release(use)
     if s.DQ:
         mbarrier.wait(s.ds_full.index(buffer), (use // 2) & 1)
-        dq = _start_dq(s, WARPGROUP, buffer)
+        next_dq = _start_dq(s, WARPGROUP, buffer)
     scores = warpgroup_mma_wait(1 if s.DQ else 0, deps=(scores,))
-    p = _probabilities(s, scores, first_row, last_row, next_block, masked, past_end)
-    if s.DQ:
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-    return dk, dv, p, dq
+    scores = _cap_and_mask(s, scores, first_row, last_row, next_block, masked, past_end)
+    if s.DQ and not s.CARRY_DQ:
+        _add_dq(s, WARPGROUP, warpgroup_mma_wait(0, deps=(next_dq,)), number)
+    weights = _weights(s, scores, next_slot, past_end)
+    if s.CARRY_DQ:
+        dq = warpgroup_mma_wait(0, deps=(next_dq,))
+    return dk, dv, weights, dq
 
 
 @gluon.jit
@@ -174,8 +193,10 @@ def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
     dq = gl.zeros([DQ_TILE, DQ_TILE], gl.float32, accumulator(DQ_TILE))
 
     s.kv_ring.wait(0)
-    scores = warpgroup_mma_wait(0, deps=(_start_scores(s, WARPGROUP, 0),))
-    p = _probabilities(s, scores, first_row, last_row, begin, True, past_end)
+    first_slot = s.q_ring.wait(0)
+    scores = warpgroup_mma_wait(0, deps=(_start_scores(s, WARPGROUP, first_slot),))
+    scores = _cap_and_mask(s, scores, first_row, last_row, begin, True, past_end)
+    weights = _weights(s, scores, first_slot, past_end)
     s.kv_ring.wait(1)
     first_number = s.first_head(batch, kv_head) * s.blocks_per_head
     count = end - begin
@@ -187,15 +208,18 @@ def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
             next_block = gl.where(i + 1 == count, begin, block + 1)
             masked = (next_block < plain_begin) | (next_block >= plain_end)
             has_next = (i + 1 < count) | (member + 1 < s.heads_per_kv)
-            dk, dv, p, dq = _step(
-                s, WARPGROUP, use, has_next, previous, first_row, last_row, next_block, masked, dk, dv, p, dq, past_end
+            number = previous
+            if not s.CARRY_DQ:
+                number = first_number + block
+            dk, dv, weights, dq = _step(
+                s, WARPGROUP, use, has_next, number, first_row, last_row, next_block, masked, dk, dv, weights, dq, past_end
             )
             previous = first_number + block
         first_number += s.blocks_per_head
-    number = previous
     _store_rows(dv, s.dv, WARPGROUP, batch, kv_head, key0)
     if s.DQ:
-        _add_dq(s, WARPGROUP, dq, number)
+        if s.CARRY_DQ:
+            _add_dq(s, WARPGROUP, dq, previous)
         # the keys are still read for the other warpgroup's dq, so that dk takes the place of dv
         tma.store_wait(0)
     _store_rows(dk * s.scale, s.dk, WARPGROUP, batch, kv_head, key0)

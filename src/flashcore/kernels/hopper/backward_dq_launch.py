@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorMap
-from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
-from flashcore.kernels.hopper.backward_main import padded_head_dim, padded_rows
+from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig, head_dims_name, padded_head_dims, tile_columns
+from flashcore.kernels.hopper.backward_factors import Factors
+from flashcore.kernels.hopper.backward_main import needs_band, padded_rows
 from flashcore.kernels.hopper.binding import group_heads
 from flashcore.kernels.hopper.config import REGISTERS, WARPGROUP_ROWS
 from flashcore.kernels.program import Launch
@@ -20,7 +20,18 @@ KERNEL = "hopper_backward_dq"
 # The files that a binary is made of.
 SOURCES = tuple(
     f"kernels/hopper/{name}.py"
-    for name in ("backward_dq", "gluon_api", "launches", "layouts", "mask", "operand", "ring", "tiles")
+    for name in (
+        "backward_dq",
+        "backward_softcap",
+        "gluon_api",
+        "launches",
+        "layouts",
+        "mask",
+        "opaque",
+        "operand",
+        "ring",
+        "tiles",
+    )
 )
 INTEGERS = (
     "heads",
@@ -37,22 +48,24 @@ INTEGERS = (
 
 @dataclass(frozen=True, slots=True)
 class DqFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys."""
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys, or there is a softcap."""
 
     dtype: torch.dtype
-    head_dim: int
+    head_dims: tuple[int, int]
     banded: bool
+    softcap: bool = False
 
     @classmethod
     def of(cls, spec: BackwardSpec) -> DqFeatures:
         call = spec.call
-        banded = call.band.lo is not None or call.band.hi is not None
-        return cls(call.dtype, padded_head_dim(max(call.head_dim, call.head_dim_v)), banded)
+        head_dims = padded_head_dims(call.head_dim, call.head_dim_v)
+        return cls(call.dtype, head_dims, needs_band(call), call.softcap != 0)
 
     @property
     def name(self) -> str:
         """A short readable id."""
-        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{'window' if self.banded else 'none'}"
+        cap = "-softcap" if self.softcap else ""
+        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}{cap}"
 
 
 def specialise(features: DqFeatures, config: DqConfig | None = None) -> Specialisation:
@@ -61,26 +74,29 @@ def specialise(features: DqFeatures, config: DqConfig | None = None) -> Speciali
     Raises:
         ValueError: the form does not fit the GPU.
     """
-    head_dim = features.head_dim
-    config = config or DQ_CONFIGS[head_dim, features.banded]
-    if not config.fits(head_dim):
-        raise ValueError(f"{config.name} does not fit head dim {head_dim}")
+    head_dims = features.head_dims
+    config = config or DQ_CONFIGS[head_dims, features.banded]
+    if not config.fits(head_dims):
+        raise ValueError(f"{config.name} does not fit head dims {head_dims}")
     element = TYPE_NAMES[features.dtype]
     consumer_registers, producer_registers = REGISTERS[config.warpgroups]
-    parameters = [
-        Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows},{head_dim}]>")
-        for tensor, rows in (
-            ("q", WARPGROUP_ROWS),
-            ("do", WARPGROUP_ROWS),
-            ("k", config.block_n),
-            ("v", config.block_n),
-            ("dq", WARPGROUP_ROWS),
-        )
-    ]
+    parameters, tails = [], []
+    for tensor in ("q", "do", "k", "v", "dq"):
+        rows = config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS
+        main, tail = tile_columns(head_dims[tensor in ("do", "v")])
+        parameters.append(Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows},{main}]>"))
+        if tail:
+            tails.append(Parameter(f"{tensor}_tail_map", f"tensormap<{element}[1,1,{rows},{tail}]>"))
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
     parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
-    constants: dict[str, int | bool | str | None] = {
+    constants: dict[str, int | bool | str | None] = {}
+    if features.softcap:
+        parameters.append(Parameter("cap_scale", "fp32"))
+    else:
+        constants["cap_scale"] = None
+    parameters += tails
+    constants |= {
         "WARPGROUPS": config.warpgroups,
         "SLOTS": config.slots,
         "Q_REGISTERS": config.q_registers,
@@ -103,20 +119,24 @@ def specialise(features: DqFeatures, config: DqConfig | None = None) -> Speciali
 def launch(spec: BackwardSpec) -> Launch:
     """The launch of a pass: all of dq."""
     call = spec.call
-    features = DqFeatures.of(spec)
-    config = DQ_CONFIGS[features.head_dim, features.banded]
+    features, factors = DqFeatures.of(spec), Factors.of(call)
+    config = DQ_CONFIGS[features.head_dims, features.banded]
     first, last = call.attended_keys
     queries = (call.batch, call.heads_q, call.seqlen_q)
     keys = (call.batch, call.heads_k, last - first)
+    maps = {
+        "q": TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1)),
+        "do": TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1)),
+        "k": TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first * call.k_strides[2]),
+        "v": TensorMap("v", (*keys, call.head_dim_v), (*call.v_strides, 1), first * call.v_strides[2]),
+        "dq": TensorMap("dq", (*queries, call.head_dim), (*spec.dq_strides, 1)),
+    }
+    specialisation = specialise(features, config)
     return Launch(
-        specialise(features, config),
+        specialisation,
         -(-call.seqlen_q // config.block_m) * call.batch * call.heads_q,
         (
-            TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1)),
-            TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1)),
-            TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first * call.k_strides[2]),
-            TensorMap("v", (*keys, call.head_dim_v), (*call.v_strides, 1), first * call.v_strides[2]),
-            TensorMap("dq", (*queries, call.head_dim), (*spec.dq_strides, 1)),
+            *maps.values(),
             Pointer("row_lse"),
             Pointer("delta"),
             call.batch * call.heads_q,
@@ -129,7 +149,9 @@ def launch(spec: BackwardSpec) -> Launch:
             -call.seqlen_q if call.band.lo is None else max(-call.seqlen_q, call.band.lo - first),
             call.seqlen_k if call.band.hi is None else min(call.seqlen_k, call.band.hi - first),
             group_heads(call),
-            call.scale * math.log2(math.e),
+            factors.exponent,
             call.scale,
+            *(() if factors.cap is None else (factors.cap,)),
+            *(maps[p.name.removesuffix("_tail_map")] for p in specialisation.parameters if p.name.endswith("_tail_map")),
         ),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from flashcore.backward_spec import BackwardSpec
-from flashcore.kernels.arguments import Pointer, TensorMap
+from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
+from flashcore.kernels.hopper.backward_config import padded_head_dims
+from flashcore.kernels.hopper.backward_factors import Factors
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
@@ -22,10 +23,13 @@ SOURCES = tuple(
         "backward_consumer",
         "backward_producer",
         "backward_shared",
+        "backward_softcap",
+        "exchange",
         "gluon_api",
         "launches",
         "layouts",
         "mask",
+        "opaque",
         "operand",
         "ring",
         "tiles",
@@ -44,7 +48,7 @@ INTEGERS = (
     "band_hi",
     "group_heads",
 )
-# Head dims that it is built for, with the rows of a query block; others are padded up to one by the copy engine.
+# Head dims that it is built for, of q, k and v alike, with the rows of a query block.
 BLOCK_ROWS = {64: 128, 128: 64}
 WARPGROUP_KEYS = 64
 BLOCK_KEYS = 2 * WARPGROUP_KEYS
@@ -57,32 +61,34 @@ ROW_PADDING = 128
 
 @dataclass(frozen=True, slots=True)
 class MainFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys. `dq`: dq is summed, by atomics."""
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys. `dq`: dq is summed, by atomics.
+
+    A softcap shares the code of a band, as in the forward kernel.
+    """
 
     dtype: torch.dtype
     head_dim: int
     banded: bool
     dq: bool
+    softcap: bool = False
 
     @property
     def name(self) -> str:
         """A short readable id."""
         band = "window" if self.banded else "none"
-        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}-{'fused' if self.dq else 'dkdv'}"
+        cap = "-softcap" if self.softcap else ""
+        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}{cap}-{'fused' if self.dq else 'dkdv'}"
 
     @classmethod
     def of(cls, spec: BackwardSpec, *, fused: bool) -> MainFeatures:
-        band = spec.call.band
-        banded = band.lo is not None or band.hi is not None
-        return cls(spec.call.dtype, padded_head_dim(spec.call.head_dim), banded, fused)
+        call = spec.call
+        head_dim, _ = padded_head_dims(call.head_dim, call.head_dim_v)
+        return cls(call.dtype, head_dim, needs_band(call), fused, call.softcap != 0)
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The smallest that the kernel is built for and that holds a call's. Raises ValueError where there is none."""
-    found = next((built for built in sorted(BLOCK_ROWS) if head_dim <= built), None)
-    if found is None:
-        raise ValueError(f"head dim {head_dim}: the kernel is built for {' or '.join(map(str, sorted(BLOCK_ROWS)))}")
-    return found
+def needs_band(call: AttentionSpec) -> bool:
+    """Whether a pass takes binaries that look at the band: those with a softcap all do."""
+    return call.band.lo is not None or call.band.hi is not None or call.softcap != 0
 
 
 def padded_rows(seqlen_q: int) -> int:
@@ -109,7 +115,12 @@ def specialise(features: MainFeatures) -> Specialisation:
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
     parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
-    constants: dict[str, int | bool | str | None] = {
+    constants: dict[str, int | bool | str | None] = {}
+    if features.softcap:
+        parameters.append(Parameter("cap_scale", "fp32"))
+    else:
+        constants["cap_scale"] = None
+    constants |= {
         "SLOTS": SLOTS,
         "DQ": features.dq,
         "HAS_LO": features.banded,
@@ -127,41 +138,55 @@ def specialise(features: MainFeatures) -> Specialisation:
     )
 
 
-def launch(spec: BackwardSpec, *, fused: bool) -> Launch:
-    """The launch of a pass: dk and dv, and sums of dq where it is fused."""
+def tensor_maps(spec: BackwardSpec) -> dict[TensorName, TensorMap]:
+    """What a kernel of dk and dv sees of each tensor: of queries and keys those that take part in anything."""
     call = spec.call
-    features = MainFeatures.of(spec, fused=fused)
     first_query, last_query = attended_queries(call)
     first_key, last_key = call.attended_keys
     queries = (call.batch, call.heads_q, last_query - first_query)
     keys = (call.batch, call.heads_k, last_key - first_key)
     all_keys = (call.batch, call.heads_k, call.seqlen_k)
-    return Launch(
-        specialise(features),
-        -(-call.seqlen_k // BLOCK_KEYS) * call.batch * call.heads_k,
-        (
-            TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1), first_query * call.q_strides[2]),
-            TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1), first_query * spec.do_strides[2]),
-            TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first_key * call.k_strides[2]),
-            TensorMap("v", (*keys, call.head_dim_v), (*call.v_strides, 1), first_key * call.v_strides[2]),
-            TensorMap("dk", (*all_keys, call.head_dim), (*spec.dk_strides, 1)),
-            TensorMap("dv", (*all_keys, call.head_dim_v), (*spec.dv_strides, 1)),
-            Pointer("row_lse"),
-            Pointer("delta"),
-            Pointer("dq_sum"),
-            call.batch * call.heads_k,
-            call.heads_k,
-            call.heads_q // call.heads_k,
-            call.seqlen_q,
-            call.seqlen_k,
-            padded_rows(call.seqlen_q) // BLOCK_ROWS[features.head_dim],
-            first_query,
-            first_key,
-            # the band from a key's side: attended by rows j - hi to j - lo; limits that exclude nothing, where there are none
-            -call.seqlen_k if call.band.hi is None else max(-call.seqlen_k, -call.band.hi),
-            call.seqlen_q if call.band.lo is None else min(call.seqlen_q, -call.band.lo),
-            1,
-            call.scale * math.log2(math.e),
-            call.scale,
-        ),
+    return {
+        "q": TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1), first_query * call.q_strides[2]),
+        "do": TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1), first_query * spec.do_strides[2]),
+        "k": TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first_key * call.k_strides[2]),
+        "v": TensorMap("v", (*keys, call.head_dim_v), (*call.v_strides, 1), first_key * call.v_strides[2]),
+        "dk": TensorMap("dk", (*all_keys, call.head_dim), (*spec.dk_strides, 1)),
+        "dv": TensorMap("dv", (*all_keys, call.head_dim_v), (*spec.dv_strides, 1)),
+    }
+
+
+def numbers(spec: BackwardSpec, block_rows: int) -> tuple[int | float, ...]:
+    """INTEGERS and the scales of a kernel of dk and dv, whose query blocks have so many rows."""
+    call, factors = spec.call, Factors.of(spec.call)
+    return (
+        call.batch * call.heads_k,
+        call.heads_k,
+        call.heads_q // call.heads_k,
+        call.seqlen_q,
+        call.seqlen_k,
+        padded_rows(call.seqlen_q) // block_rows,
+        attended_queries(call)[0],
+        call.attended_keys[0],
+        # the band from a key's side: attended by rows j - hi to j - lo; limits that exclude nothing, where there are none
+        -call.seqlen_k if call.band.hi is None else max(-call.seqlen_k, -call.band.hi),
+        call.seqlen_q if call.band.lo is None else min(call.seqlen_q, -call.band.lo),
+        1,
+        factors.exponent,
+        call.scale,
+        *(() if factors.cap is None else (factors.cap,)),
     )
+
+
+def launch(spec: BackwardSpec, *, fused: bool) -> Launch:
+    """The launch of a pass: dk and dv, and sums of dq where it is fused."""
+    call = spec.call
+    features = MainFeatures.of(spec, fused=fused)
+    arguments: tuple[Argument, ...] = (
+        *tensor_maps(spec).values(),
+        Pointer("row_lse"),
+        Pointer("delta"),
+        Pointer("dq_sum"),
+        *numbers(spec, BLOCK_ROWS[features.head_dim]),
+    )
+    return Launch(specialise(features), -(-call.seqlen_k // BLOCK_KEYS) * call.batch * call.heads_k, arguments)

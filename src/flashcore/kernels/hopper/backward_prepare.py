@@ -5,8 +5,8 @@ With o the output, do its gradient and lse the natural log-sum-exp of a row (out
     delta = dlse - sum(do * o),   row_lse = -lse / scale
 
 The products that the scores and do v^T are start from them (kernels/hopper/backward.py), so that p = 2^((q k^T + row_lse) *
-scale * log2(e)) and ds = p * (do v^T + delta). A row that attended nothing has row_lse = -inf, which gives it p = 0, and
-delta = 0, whatever is in do.
+scale * log2(e)) and ds = p * (do v^T + delta); with a softcap row_lse is -lse * log2(e) (backward_softcap.py). A row that
+attended nothing has row_lse = -inf, which gives it p = 0, and delta = 0, whatever is in do.
 """
 
 import triton
@@ -23,8 +23,9 @@ def hopper_backward_prepare(
     """row_lse and delta of ROWS rows of one head and, where asked to, zeros for their COLUMNS sums of dq.
 
     o and do are (B, H, S, Dv) by their strides, lse and dlse (B, H, S) contiguous; row_lse and delta are (B * H, padded_rows),
-    dq_sum (B * H, padded_rows, COLUMNS), COLUMNS a multiple of 64. `lse_factor` is -1 / scale. padded_rows is a multiple of
-    ROWS; rows from seqlen_q on are as rows that attended nothing. grid = B * H * padded_rows / ROWS.
+    dq_sum (B * H, padded_rows, COLUMNS), COLUMNS a multiple of 64. `lse_factor` is backward_factors.py's.
+    padded_rows is a multiple of ROWS; rows from seqlen_q on are as rows that attended nothing.
+    grid = B * H * padded_rows / ROWS.
     """
     blocks = padded_rows // ROWS
     program = tl.program_id(0)

@@ -8,7 +8,7 @@ from flashcore.kernels.hopper.tiles import Tiles
 
 @gluon.aggregate
 class Rows:
-    """Numbers of query rows, -lse / scale and -delta of each: BLOCK_M of either in each slot of the ring of queries.
+    """Numbers of query rows: -lse / scale (with a softcap -lse * log2(e)) and -delta, BLOCK_M of either in a slot of queries.
 
     In memory they are float32 (B * Hq, padded_rows), where rows past the end and rows that attend nothing hold -inf and 0.
     """
@@ -62,7 +62,7 @@ class BackwardShared:
 
     `tiles` has the roles exchanged: its rows are keys and its keys are query rows. Coordinates in the maps begin at the first
     key and the first query row that take part in anything. `blocks_per_head` counts blocks of BLOCK_M padded rows.
-    `exponent_scale` is scale * log2(e).
+    `exponent_scale` and `cap_scale` are those of the kernel.
     """
 
     q: Operand
@@ -84,7 +84,10 @@ class BackwardShared:
     dq_sum_ptr: gl.tensor
     exponent_scale: gl.tensor
     scale: gl.tensor
+    cap_scale: gl.tensor | gl.constexpr
     DQ: gl.constexpr
+    # a block's dq is added while the next block's gradients are computed, and kept until then
+    CARRY_DQ: gl.constexpr
 
     @gluon.jit
     def first_head(self, batch, kv_head):

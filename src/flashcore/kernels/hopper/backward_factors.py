@@ -1,0 +1,30 @@
+"""What a Hopper backward pass multiplies scores and log-sum-exps by. Needs no compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flashcore.spec import MAX_FACTOR, AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Factors of a pass, in double precision.
+
+    With row_lse = lse * `lse` of each row, p = 2^((q k^T + row_lse) * `exponent`); with a softcap, `cap` is there and
+    p = 2^(t * `exponent` + row_lse), t = 1 - 2 / (1 + 2^(q k^T * `cap`)), which is tanh(q k^T * scale / softcap).
+    """
+
+    lse: float
+    exponent: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, call: AttentionSpec) -> Factors:
+        log2_e = math.log2(math.e)
+        if call.softcap == 0:
+            return cls(lse=-1 / call.scale, exponent=call.scale * log2_e, cap=None)
+        # beyond float32 the cap is reached by any score but 0, as by this
+        cap = min(2 * log2_e * call.scale / call.softcap, MAX_FACTOR)
+        return cls(lse=-log2_e, exponent=call.softcap * log2_e, cap=cap)

@@ -1,0 +1,114 @@
+"""What binds a backward pass to a binary of the Hopper kernel of wide heads' dk and dv. Needs no compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.backward_spec import BackwardSpec
+from flashcore.kernels.arguments import Pointer, TensorName
+from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig, head_dims_name, padded_head_dims, tile_columns
+from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, numbers, tensor_maps
+from flashcore.kernels.program import Launch
+from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+
+KERNEL = "hopper_backward_wide"
+# The files that a binary is made of.
+SOURCES = tuple(
+    f"kernels/hopper/{name}.py"
+    for name in (
+        "backward_shared",
+        "backward_wide",
+        "exchange",
+        "gluon_api",
+        "launches",
+        "layouts",
+        "mask",
+        "operand",
+        "ring",
+        "tiles",
+    )
+)
+# In the order of the kernel's parameters.
+_MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
+
+
+@dataclass(frozen=True, slots=True)
+class WideFeatures:
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys."""
+
+    dtype: torch.dtype
+    head_dims: tuple[int, int]
+    banded: bool
+
+    @classmethod
+    def of(cls, spec: BackwardSpec) -> WideFeatures:
+        call = spec.call
+        banded = call.band.lo is not None or call.band.hi is not None
+        return cls(call.dtype, padded_head_dims(call.head_dim, call.head_dim_v), banded)
+
+    @property
+    def name(self) -> str:
+        """A short readable id."""
+        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}"
+
+
+def specialise(features: WideFeatures, config: WideConfig | None = None) -> Specialisation:
+    """The binary for these features, in the table's form for them unless another is given.
+
+    Raises:
+        ValueError: the form does not fit the GPU.
+    """
+    head_dims = features.head_dims
+    config = config or WIDE_CONFIGS[head_dims]
+    if not config.fits(head_dims):
+        raise ValueError(f"{config.name} does not fit head dims {head_dims}")
+    element = TYPE_NAMES[features.dtype]
+    consumer_registers, producer_registers = REGISTERS
+    parameters, tails = [], []
+    for tensor in _MAPS:
+        rows = config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS
+        main, tail = tile_columns(head_dims[tensor in ("do", "v", "dv")])
+        parameters.append(Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows},{main}]>"))
+        if tail:
+            tails.append(Parameter(f"{tensor}_tail_map", f"tensormap<{element}[1,1,{rows},{tail}]>"))
+    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
+    parameters += [Parameter(name, "i32") for name in INTEGERS]
+    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32"), *tails]
+    constants: dict[str, int | bool | str | None] = {
+        "SLOTS": config.slots,
+        "EXCHANGED": config.exchanged,
+        "HAS_LO": features.banded,
+        "HAS_HI": features.banded,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "PRODUCER_REGISTERS": producer_registers,
+    }
+    return Specialisation(
+        kernel=KERNEL,
+        name=f"{KERNEL}-{features.name}-{config.name}",
+        parameters=tuple(parameters),
+        constants=tuple(sorted(constants.items())),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def launch(spec: BackwardSpec) -> Launch:
+    """The launch of a pass: all of dk and dv."""
+    call = spec.call
+    features = WideFeatures.of(spec)
+    config = WIDE_CONFIGS[features.head_dims]
+    specialisation = specialise(features, config)
+    maps = tensor_maps(spec)
+    return Launch(
+        specialisation,
+        -(-call.seqlen_k // WARPGROUP_KEYS) * call.batch * call.heads_k,
+        (
+            *(maps[tensor] for tensor in _MAPS),
+            Pointer("row_lse"),
+            Pointer("delta"),
+            *numbers(spec, config.block_m),
+            *(maps[tensor] for tensor in _MAPS if f"{tensor}_tail_map" in {p.name for p in specialisation.parameters}),
+        ),
+    )

@@ -1,0 +1,163 @@
+"""The Gluon kernels of the Hopper backward pass, run on the CPU (gluon_on_cpu.py), against torch in fp64."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.backward_spec import BackwardSpec
+from flashcore.kernels.hopper import backward_binding as binding
+from flashcore.kernels.hopper.backward_factors import Factors
+from flashcore.kernels.program import Workspace
+from flashcore.spec import AttentionSpec, Options
+
+_FOUND = importlib.util.spec_from_file_location("gluon_on_cpu", Path(__file__).with_name("gluon_on_cpu.py"))
+assert _FOUND is not None and _FOUND.loader is not None
+gluon_on_cpu = importlib.util.module_from_spec(_FOUND)
+_FOUND.loader.exec_module(gluon_on_cpu)
+
+CASES: dict[str, dict[str, Any]] = {
+    "whole blocks": {"lengths": (128, 128)},
+    "odd": {"lengths": (197, 131)},
+    "one row and one key": {"lengths": (1, 1)},
+    "causal, more keys": {"lengths": (100, 197), "causal": True},
+    "causal, rows that attend nothing": {"lengths": (197, 100), "causal": True, "poison": True},
+    "window, keys that nobody attends": {"lengths": (100, 260), "window": (20, 10), "poison": True},
+    "shared heads": {"lengths": (70, 130), "heads": (6, 2), "causal": True},
+    "bf16": {"lengths": (130, 70), "dtype": torch.bfloat16},
+}
+SOFTCAP: dict[str, dict[str, Any]] = {
+    "softcap": {"lengths": (130, 197), "heads": (4, 2), "softcap": 1.5},
+    "softcap, rows that attend nothing": {"lengths": (197, 100), "causal": True, "poison": True, "softcap": 1.5},
+}
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("head_dims", [(192, 128), (256, 256)], ids=str)
+def test_gradients_of_wide_heads(head_dims: tuple[int, int], case: dict[str, Any], early: bool) -> None:
+    assert _worst_error(head_dims, early, **case) < 4
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["pair", "atomics"])
+@pytest.mark.parametrize("case", (CASES | SOFTCAP).values(), ids=CASES | SOFTCAP)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients(head_dim: int, case: dict[str, Any], deterministic: bool) -> None:
+    assert _worst_error((head_dim, head_dim), early=False, deterministic=deterministic, **case) < 4
+
+
+@pytest.mark.parametrize("head_dims", [(40, 72), (160, 104), (200, 136)], ids=str)
+def test_head_dims_that_are_padded(head_dims: tuple[int, int]) -> None:
+    assert _worst_error(head_dims, early=True, **CASES["odd"]) < 4
+
+
+@pytest.mark.parametrize("head_dims", [(128, 128), (192, 128)], ids=str)
+def test_barriers_and_waits_are_needed(head_dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU would not notice, no case above would show."""
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
+    wait = gluon_on_cpu._Machine.wait
+    with monkeypatch.context() as patched, pytest.raises(AssertionError, match="under way"):
+        patched.setattr(gluon_on_cpu._Machine, "wait", lambda self, pending, *, deps: wait(self, pending + 1, deps=deps))
+        _worst_error(head_dims, early=False, **CASES["odd"])
+    monkeypatch.setattr(gluon_on_cpu._Barrier, "wait", lambda self, parity: None)
+    with pytest.raises(AssertionError):  # more arrivals than a phase has, or else wrong gradients
+        assert _worst_error(head_dims, early=True, **CASES["odd"]) < 4
+
+
+def test_a_barrier_that_never_completes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
+    change = gluon_on_cpu._Barrier.change
+    # one warp of each arrival is lost
+    monkeypatch.setattr(gluon_on_cpu._Barrier, "change", lambda self, n, num_bytes: change(self, min(n, 3), num_bytes))
+    with pytest.raises(TimeoutError, match="hangs"):
+        _worst_error((256, 256), early=True, **CASES["shared heads"])
+
+
+def _worst_error(
+    head_dims: tuple[int, int],
+    early: bool,
+    lengths: tuple[int, int],
+    heads: tuple[int, int] = (2, 2),
+    dtype: torch.dtype = torch.float16,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    poison: bool = False,
+    deterministic: bool = True,
+) -> float:
+    """The greatest error of a gradient, as a multiple of what the inputs' dtype rounds its largest element by."""
+    torch.manual_seed(0)
+    (seqlen_q, seqlen_k), (heads_q, heads_k), (dim, dim_v) = lengths, heads, head_dims
+    q = torch.randn(1, heads_q, seqlen_q, dim).to(dtype)
+    k, v = (torch.randn(1, heads_k, seqlen_k, d).to(dtype) for d in (dim, dim_v))
+    do = torch.randn(1, heads_q, seqlen_q, dim_v).to(dtype)
+    options = Options.check(causal=causal, scale=None, window=window, softcap=softcap, layout="bhsd")
+    call = AttentionSpec.from_tensors(q, k, v, None, options, return_lse=True)
+    spec = BackwardSpec.of(call, do, dq=True, dkv=True, mask=None, dlse=False, deterministic=deterministic)
+    attended = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
+    difference = torch.arange(seqlen_k)[None, :] - torch.arange(seqlen_q)[:, None]
+    if call.band.lo is not None:
+        attended &= difference >= call.band.lo
+    if call.band.hi is not None:
+        attended &= difference <= call.band.hi
+    o, lse, expected = _reference(q, k, v, do, attended, call)
+    tensors = {"q": q, "k": k, "v": v, "do": do}
+    for name, like in (("dq", q), ("dk", k), ("dv", v)):
+        tensors[name] = torch.full_like(like, math.nan)
+    if poison:
+        rows, keys = attended.any(1), attended.any(0)
+        assert not (rows.all() and keys.all())
+        for name, alive in (("q", rows), ("do", rows), ("k", keys), ("v", keys)):
+            tensors[name][:, :, ~alive] = math.nan
+    program = binding.program(spec, "sm_90a", 132)
+    tensors |= _row_numbers(o, do, lse, Factors.of(call).lse, program.workspaces)
+    assert len(program.launches) == 3
+    for launch in program.launches[1:]:
+        if launch.specialisation.kernel != binding.FINISH:
+            gluon_on_cpu.run_on_cpu(launch, tensors, early=early)
+    if not deterministic:
+        tensors["dq"] = _from_fragments(tensors["dq_sum"])[:, :seqlen_q, :dim].unflatten(0, (1, heads_q)) * call.scale
+    rounding = torch.finfo(dtype).eps / 2
+    return max(
+        float((tensors[name].double() - gradient).abs().max() / (rounding * gradient.abs().max().clamp(min=1)))
+        for name, gradient in zip(("dq", "dk", "dv"), expected, strict=True)
+    )
+
+
+def _reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, attended: torch.Tensor, call: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Output, log-sum-exp and gradients in fp64."""
+    q, k, v = (t.double().requires_grad_() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * call.scale
+    if call.softcap > 0:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~attended, -math.inf)
+    p = torch.softmax(scores.masked_fill(~attended.any(1)[:, None], 0), -1).masked_fill(~attended, 0)
+    o = p @ v.repeat_interleave(group, 1)
+    return o.detach(), scores.logsumexp(-1).detach(), torch.autograd.grad(o, (q, k, v), do.double())
+
+
+def _row_numbers(
+    o: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, lse_factor: float, workspaces: tuple[Workspace, ...]
+) -> dict[str, torch.Tensor]:
+    """What the first launch of a pass leaves (interpreted_hopper_backward.py tests it)."""
+    shapes = {workspace.tensor: workspace.shape for workspace in workspaces}
+    row_lse, delta = torch.full(shapes["row_lse"], -math.inf), torch.zeros(shapes["delta"])
+    seqlen, dead = lse.shape[-1], lse.flatten(0, 1) == -math.inf
+    row_lse[:, :seqlen] = torch.where(dead, -math.inf, lse.flatten(0, 1) * lse_factor)
+    delta[:, :seqlen] = torch.where(dead, 0, -(o * do.double()).sum(-1).flatten(0, 1))
+    found = {"row_lse": row_lse, "delta": delta}
+    return found | ({"dq_sum": torch.zeros(shapes["dq_sum"])} if "dq_sum" in shapes else {})
+
+
+def _from_fragments(sums: torch.Tensor) -> torch.Tensor:
+    """dq's sums (B * H, rows / 64, columns / 64, 4096) as (B * H, rows, columns), which the last launch of a pass does."""
+    heads, row_tiles, column_tiles, _ = sums.shape
+    # [group of 8 columns, warp, row of 8, pair of columns, half of 16 rows, column of the pair]
+    tiles = sums.view(heads, row_tiles, column_tiles, 8, 4, 8, 4, 2, 2).permute(0, 1, 4, 7, 5, 2, 3, 6, 8)
+    return tiles.reshape(heads, 64 * row_tiles, 64 * column_tiles)
