@@ -2,12 +2,25 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from flashcore import cli
+
+
+@pytest.fixture
+def tuned_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the tuned tables lie, in place of the package's: of which there are none yet."""
+    from flashcore import tuned
+
+    folder = tmp_path_factory.mktemp("tuned")
+    monkeypatch.setattr(tuned, "FOLDER", folder)
+    tuned.forget()
+    yield folder
+    tuned.forget()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def _now(device: torch.device) -> float:
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step: so many that a GPU, and not Python, sets the time.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step: enough for a GPU to set its time.")] = 64,
     context: Annotated[int, typer.Option(min=2, help="Bytes of a sequence.")] = 1024,
     layers: Annotated[int, typer.Option(min=1)] = 6,
     heads: Annotated[int, typer.Option(min=1, help="Heads of 64.")] = 6,

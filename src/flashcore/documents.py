@@ -1,4 +1,5 @@
-"""The generated tables of the documents: README.md, EVALUATION.md and docs/ladder.md hold blocks made from evidence alone.
+"""The generated tables of the documents: README.md, EVALUATION.md, docs/ladder.md and docs/notes/search.md have
+blocks made from evidence alone.
 
 <!-- generated: mission -->
 ... replaced by `flashcore evidence`, compared by `flashcore evidence --check` ...
@@ -15,7 +16,7 @@ from flashcore.document_blocks import BLOCKS
 from flashcore.errors import FlashCoreError
 from flashcore.sources import PACKAGE
 
-DOCUMENTS = ("README.md", "EVALUATION.md", "docs/ladder.md")
+DOCUMENTS = ("README.md", "EVALUATION.md", "docs/ladder.md", "docs/notes/search.md")
 _MARKER = re.compile(r"<!-- (?:generated: (?P<name>\S+)|end generated) -->")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flashcore import evidence, torch_backend
+from flashcore import evidence, torch_backend, tuned
 from flashcore.backward_plan import BackwardPlan, plan_backward
 from flashcore.backward_spec import BackwardSpec
 from flashcore.errors import ArgumentValueError, UnsupportedError
@@ -32,6 +32,8 @@ class Plan:
     kernel: str | None = None
     specialisation: Specialisation | None = None
     grid: int = 0
+    # of a kernel of ours: where its form comes from, a search or the kernel's own table
+    form: str | None = None
     # None where PyTorch or the interpreter runs the call
     binary: PlannedBinary | None = None
     interpreted: bool = False
@@ -57,6 +59,7 @@ class Plan:
         lines = [f"impl        {self.impl}", f"why         {self.reason}"]
         if self.specialisation is not None:
             lines += describe(self.specialisation, self.grid, self.binary)
+            lines.append(f"form        {self.form}")
         if self.backward is not None:
             lines.append(str(self.backward))
         lines += [f"rejected    {impl}: {why}" for impl, why in self.rejected]
@@ -162,6 +165,7 @@ def _plan_ours(binding: Binding, spec: AttentionSpec, target: Target, gradient: 
         kernel=binding.KERNEL,
         specialisation=specialisation,
         grid=binding.grid(call, specialisation, sm_count),
+        form=tuned.why(binding.IMPL, call, arch, sm_count),
         interpreted=target.interpreted,
     )
     if gradient is not None:

@@ -16,9 +16,14 @@ class Stored(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(self.model_dump_json() + "\n")
-        part.replace(path)
+        write_whole(path, self.model_dump_json() + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
 
 
 Record = TypeVar("Record", bound=Stored)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flashcore.bench.artifact import ContenderRecord
+from flashcore.bench.beside import PROBE_ROUNDS, Beside
 from flashcore.bench.runner import _with_outcome
-from flashcore.bench.timing import EAGER_ROUNDS, Candidate, Plan, shuffled, time_cuda
+from flashcore.bench.timing import EAGER_ROUNDS, Candidate, Plan, WrongOutputError, shuffled, time_cuda
 
 
 class PretendGpu:
@@ -174,3 +175,42 @@ def test_rounds_follow_one_untimed_replay(gpu: PretendGpu) -> None:
     rounds = ["".join(gpu.log[start : start + 3]) for start in range(len(gpu.log) - 12, len(gpu.log), 3)]
     assert rounds == ["".join(shuffled("abc", number)) for number in range(4)]
     assert gpu.log[-13] == rounds[0][-1]
+
+
+def test_one_after_another_is_timed_beside_the_same_others(gpu: PretendGpu) -> None:
+    beside = Beside(CPU)
+    beside.keep(Candidate("slow", gpu.kernel(100.0, "slow")))
+    beside.keep(Candidate("slower", gpu.kernel(200.0, "slower")))
+    for us in (10.0, 20.0):
+        samples = beside.time(12, Candidate("new", gpu.kernel(us, "new")), warmup=5)
+        assert {
+            name: pytest.approx([value] * 12) for name, value in (("slow", 100.0), ("slower", 200.0), ("new", us))
+        } == samples
+    beside.drop("slower")
+    gpu.log.clear()
+    assert set(beside.time(12)) == {"slow"} and set(gpu.log) == {"slow"}, "nothing is captured or warmed up again"
+
+
+def test_rounds_beside_others_are_interleaved_and_may_end_early(gpu: PretendGpu) -> None:
+    beside, asked = Beside(CPU), []
+    beside.keep(Candidate("other", gpu.kernel(2000.0, "other")))
+
+    def go_on(samples: dict[str, list[float]]) -> bool:
+        asked.append({name: len(values) for name, values in samples.items()})
+        return False
+
+    samples = beside.time(30, Candidate("new", gpu.kernel(1000.0, "new")), go_on=go_on)
+    assert asked == [{"other": PROBE_ROUNDS, "new": PROBE_ROUNDS}]
+    assert {name: len(values) for name, values in samples.items()} == asked[0]
+    rounds = [set(gpu.log[-2 * PROBE_ROUNDS :][start : start + 2]) for start in range(0, 2 * PROBE_ROUNDS, 2)]
+    assert rounds == [{"other", "new"}] * PROBE_ROUNDS
+
+
+def test_a_wrong_one_is_not_timed_beside_others(gpu: PretendGpu) -> None:
+    beside = Beside(CPU)
+    beside.keep(Candidate("right", gpu.kernel(10.0), check=finite))
+    with pytest.raises(WrongOutputError, match="output is wrong: not finite"):
+        beside.time(10, Candidate("escapes", gpu.kernel(1.0, escapes=True), check=finite))
+    with pytest.raises(WrongOutputError):
+        beside.keep(Candidate("escapes", gpu.kernel(1.0, escapes=True), check=finite))
+    assert set(beside.time(10)) == {"right"}

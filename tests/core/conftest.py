@@ -54,6 +54,11 @@ def _fresh_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     clear()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_tuned(tuned_folder: Path) -> None:
+    """What a search finds changes no test of the hand-chosen forms."""
+
+
 @pytest.fixture
 def h200() -> Target:
     return Target(name="NVIDIA H200", arch="sm_90a", capability=(9, 0), sm_count=132, interpreted=False)

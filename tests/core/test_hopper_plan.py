@@ -158,6 +158,7 @@ def test_what_explain_says_of_a_small_call(make_spec, h200, monkeypatch) -> None
         "grid        128 programs",
         f"binary      shipped, SHA-256 {SHA256}",
         "evidence    verified",
+        "form        hand-chosen: nothing near this call was searched",
         "rejected    hopper: comes after small, and no measurement says that it is faster here",
         "rejected    portable: comes after small, and no measurement says that it is faster here",
         "rejected    torch: comes after small, and no measurement says that it is faster here",

@@ -63,7 +63,7 @@ def test_mutations() -> None:
     ("arguments", "words"),
     [
         (("--only", "nothing*"), "matches none"),
-        (("--suite", "everything"), "allowed: mission, edge, tile, short, shipped, all"),
+        (("--suite", "everything"), "allowed: mission, edge, tile, short, shipped, tuned, all"),
         (("--impl", "cudnn"), "allowed: 'ours', 'auto'"),
         (("--mutations", "--record", "x.json"), "nothing to record"),
         (("--direction", "sideways"), "allowed: fwd, bwd, both"),

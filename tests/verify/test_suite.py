@@ -41,7 +41,7 @@ def test_the_mission_has_its_fifteen_cases() -> None:
 def test_names_are_unique_and_selectable() -> None:
     cases = select("all")
     assert max(Counter(case.name for case in cases).values()) == 1
-    assert len(cases) == sum(len(select(suite)) for suite in ("mission", "edge", "tile", "short", "shipped"))
+    assert len(cases) == sum(len(select(suite)) for suite in ("mission", "edge", "tile", "short", "shipped", "tuned"))
     assert [case.name for case in select("all", "tiny-seed0")] == ["tiny-seed0"]
     with pytest.raises(ArgumentValueError, match="matches none"):
         select("mission", "mask-*")

@@ -39,6 +39,11 @@ Call = Callable[[], Output]
 Progress = Callable[[str, float], None]
 T = TypeVar("T")
 
+
+class WrongOutputError(RuntimeError):
+    """What the captured launches wrote is not what the candidate's check takes."""
+
+
 WARMUP = 20
 REPLAY_US = 1000.0
 MAX_LAUNCHES = 512
@@ -152,15 +157,15 @@ def time_cuda(
     stream.wait_stream(torch.cuda.current_stream(device))
     flush = _Flush(device)
     failures: dict[str, str] = {}
-    warm: list[_Replay] = []
-    cold: list[_Replay] = []
+    warm: list[Replay] = []
+    cold: list[Replay] = []
     launch_us: dict[str, float] = {}
     with torch.cuda.stream(stream):
         for position, candidate in enumerate(candidates):
             progress(f"capture {candidate.name}", position / len(candidates))
             try:
                 with watchdog(HANG_SECONDS, f"{candidate.name}: warm-up and graph capture"), candidate.context():
-                    warm_replay, launch_us[candidate.name] = _prepare_warm(candidate)
+                    warm_replay, launch_us[candidate.name] = prepare_warm(candidate)
                     cold_replay = _prepare_cold(candidate, warm_replay.launches, plan.max_cold_sets)
             except Exception as error:  # a peer may fail in any way; the row says how
                 failures[candidate.name] = describe(error)
@@ -206,7 +211,7 @@ class _Flush:
         self._data.sum()
 
 
-class _Replay:
+class Replay:
     """A CUDA graph of launches captured on the current stream, and the outputs those launches write."""
 
     def __init__(self, name: str, calls: Sequence[Call], *, keep_outputs: int) -> None:
@@ -260,29 +265,29 @@ def _ignored() -> Iterator[None]:
         return
 
 
-def _prepare_warm(candidate: Candidate) -> tuple[_Replay, float]:
+def prepare_warm(candidate: Candidate, warmup: int = WARMUP) -> tuple[Replay, float]:
     """The graph over the same inputs, checked, and the estimate of a launch's time that K was chosen by."""
-    estimate = _warm_up(candidate)
+    estimate = _warm_up(candidate, warmup)
     if estimate < REPLAY_US:
         # Calls this short may wait for the host, so their eager time says little about the device's.
-        probe = _Replay(candidate.name, [candidate.call] * PROBE_LAUNCHES, keep_outputs=1)
+        probe = Replay(candidate.name, [candidate.call] * PROBE_LAUNCHES, keep_outputs=1)
         probe()
         estimate = min(probe.event_us() for _ in range(3))
-    replay = _Replay(candidate.name, [candidate.call] * launches_per_replay(estimate), keep_outputs=1)
+    replay = Replay(candidate.name, [candidate.call] * launches_per_replay(estimate), keep_outputs=1)
     for output in replay.poisoned_outputs():
         wrong = candidate.check(output)
         if wrong:
-            raise RuntimeError(f"the captured launch's output is wrong: {wrong}")
+            raise WrongOutputError(f"the captured launch's output is wrong: {wrong}")
     return replay, estimate
 
 
-def _prepare_cold(candidate: Candidate, launches: int, max_sets: int) -> _Replay | None:
+def _prepare_cold(candidate: Candidate, launches: int, max_sets: int) -> Replay | None:
     if candidate.cold_call is None or max_sets == 0:
         return None
     count = min(launches, max_sets)
     calls = [candidate.cold_call(number) for number in range(count)]
     calls[-1]()
-    replay = _Replay(candidate.name, calls, keep_outputs=count)
+    replay = Replay(candidate.name, calls, keep_outputs=count)
     # Only set 0 has a reference; for the rest it is enough to see that every launch wrote its output.
     replay.poisoned_outputs()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in replay.tensors()):
@@ -291,12 +296,12 @@ def _prepare_cold(candidate: Candidate, launches: int, max_sets: int) -> _Replay
 
 
 def _replay_all(
-    replays: Sequence[_Replay],
+    replays: Sequence[Replay],
     iters: int,
     before: Callable[[], None] | None,
     progress: Callable[[float], None],
     order: Order = shuffled,
-) -> Iterator[tuple[_Replay, tuple[float, ...]]]:
+) -> Iterator[tuple[Replay, tuple[float, ...]]]:
     """`iters` samples of each replay, interleaved; `before` runs ahead of each sample, outside its events."""
     if not replays:
         return
@@ -304,15 +309,15 @@ def _replay_all(
     for first in range(0, iters, CHUNK_ROUNDS):
         progress(first / iters)
         with watchdog(HANG_SECONDS, "graph replays"):
-            for replay, us in _replay_rounds(replays, range(first, min(first + CHUNK_ROUNDS, iters)), before, order):
+            for replay, us in replay_rounds(replays, range(first, min(first + CHUNK_ROUNDS, iters)), before, order):
                 samples[replay.name].append(us)
     for replay in replays:
         yield replay, tuple(samples[replay.name])
 
 
-def _replay_rounds(
-    replays: Sequence[_Replay], rounds: range, before: Callable[[], None] | None, order: Order
-) -> list[tuple[_Replay, float]]:
+def replay_rounds(
+    replays: Sequence[Replay], rounds: range, before: Callable[[], None] | None, order: Order
+) -> list[tuple[Replay, float]]:
     """One sample of each replay for each of these rounds, queued without a synchronisation between them."""
     torch.cuda.current_stream().synchronize()
     # An untimed replay first: the host then stays ahead of the GPU, and no sample holds its time to launch a graph.
@@ -371,9 +376,9 @@ def _host_estimate_us(candidate: Candidate) -> float:
         return min(_wall_us(candidate.call, 3) for _ in range(2))
 
 
-def _warm_up(candidate: Candidate) -> float:
+def _warm_up(candidate: Candidate, calls: int = WARMUP) -> float:
     """Run the warm-up calls; the wall clock in microseconds of one call among the last of them."""
-    _wall_us(candidate.call, WARMUP - 3)
+    _wall_us(candidate.call, calls - 3)
     return _wall_us(candidate.call, 3)
 
 

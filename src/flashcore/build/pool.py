@@ -115,10 +115,17 @@ def compile_all(
     count = max(1, min(len(requests), jobs or os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="flashcore-build-") as folder:
         threads = [threading.Thread(target=serve, args=(Path(folder) / str(i),)) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as stopped:  # Ctrl-C: nothing more is begun, and what is under way ends first
+            faults.append(stopped)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
     if faults:
         raise faults[0]
     return [outcomes[index] for index in range(len(requests))]

@@ -17,9 +17,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; an error that FlashCore raises on purpose becomes one line on stderr and exit code 2."""
-    from flashcore.cli import bench, debug, evidence, explain, info, inspect, ladder, profile, verify
+    from flashcore.cli import bench, debug, evidence, explain, info, inspect, ladder, profile, search, verify
 
-    for command in (info, explain, bench, ladder, debug, profile, verify, inspect, evidence):
+    for command in (info, explain, bench, ladder, debug, profile, search, verify, inspect, evidence):
         command.register(app)
     try:
         app()

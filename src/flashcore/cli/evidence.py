@@ -23,14 +23,17 @@ def evidence(
     """
     from rich.console import Console
 
+    from flashcore import tuned
     from flashcore.cli.building import build_with_progress
     from flashcore.documents import render_all
-    from flashcore.evidence.build import folders, make_index, unproved
+    from flashcore.evidence.build import folders, make_index, unproved, unproved_entries
 
     console = Console(soft_wrap=True, highlight=False)
     problems = []
+    proved = set()
     for folder in folders():
         index = make_index(folder)
+        proved.add(index.gpu)
         text = index.model_dump_json(indent=1) + "\n"
         path = folder / "index.json"
         if not check:
@@ -39,7 +42,11 @@ def evidence(
         elif not path.exists() or path.read_text() != text:
             problems.append(f"{path} is stale: run `flashcore evidence`")
         if check:
-            problems += unproved(index, build_with_progress(index.arch))
+            built = build_with_progress(index.arch)
+            problems += unproved(index, built) + unproved_entries(index, built)
+    if check:
+        tables = tuned.tables().items()
+        problems += [f"{path}: there is no evidence of {table.gpu}" for path, table in tables if table.gpu not in proved]
     if not folders():
         problems.append("there is no evidence of any GPU")
     for document, text in render_all().items():

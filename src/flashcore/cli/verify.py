@@ -40,7 +40,10 @@ def verify(
         str, typer.Option(help="What to verify: ours (each kernel, on the cases that it takes), one kernel, torch or auto.")
     ] = "ours",
     suite: Annotated[
-        str, typer.Option(help="Which cases: mission (the 15), edge, tile, short, shipped, all; backward (bwd only).")
+        str,
+        typer.Option(
+            help="Which cases: mission (the 15), edge, tile, short, shipped, tuned (fwd only), backward (bwd only), all."
+        ),
     ] = "all",
     only: Annotated[str | None, typer.Option(help="Only the cases whose names match this glob, e.g. 'mask-*'.")] = None,
     mutations: Annotated[bool, typer.Option("--mutations", help="Test the suite itself: wrong kernels must fail.")] = False,

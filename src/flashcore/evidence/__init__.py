@@ -7,7 +7,6 @@ and never edited.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from flashcore import torch_backend
 from flashcore.kernels.binding import Binding
 from flashcore.kernels.registry import BACKWARDS, BINDINGS, KERNELS
+from flashcore.nearness import MAX_DISTANCE, Sizes, distance
 from flashcore.sources import kernel_hash
 from flashcore.spec import AttentionSpec, Band
 from flashcore.target import Target
@@ -28,8 +28,6 @@ State = Literal["verified", "compiled", "experimental"]
 Direction = Literal["fwd", "bwd", "fwdbwd"]
 
 FOLDER = Path(__file__).parent
-# Beyond a factor of four in work or parallelism from the nearest measured shape, nothing is claimed.
-MAX_DISTANCE = 2.0
 # Measured ratios closer to 1 than this are noise.
 MARGIN = 0.97
 
@@ -51,6 +49,10 @@ class Timing(BaseModel):
     # what of a call was timed
     direction: Direction = "fwd"
     us: dict[str, float]
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.batch * self.heads, self.seqlen_q, self.seqlen_k, self.head_dim)
 
 
 class Peaks(BaseModel):
@@ -149,8 +151,9 @@ def compare(spec: AttentionSpec, target: Target, first: str, second: str, *, dir
             for timing in index.timings
             if timing.direction == direction and timing.us.keys() >= set(contenders) and _alike(spec, timing)
         )
-        for timing in sorted(alike, key=lambda timing: _distance(spec, timing)):
-            if _distance(spec, timing) > MAX_DISTANCE:
+        sizes = Sizes.of(spec)
+        for timing in sorted(alike, key=lambda timing: distance(sizes, timing.sizes)):
+            if distance(sizes, timing.sizes) > MAX_DISTANCE:
                 break
             if all(_same_binary(BINDINGS[name], spec, timing.head_dim, target) for name in ours):
                 us = [timing.us[contender] for contender in contenders]
@@ -166,8 +169,9 @@ def cost_of_determinism(spec: AttentionSpec, target: Target, impl: str) -> str |
     if any(index.sources.get(kernel) != kernel_hash(kernel) for kernel in kernels_of(impl, "bwd")):
         return None
     timed = (timing for timing in index.timings if timing.direction == "bwd" and timing.us.keys() >= set(contenders))
-    timing = min((one for one in timed if _alike(spec, one)), key=lambda one: _distance(spec, one), default=None)
-    if timing is None or _distance(spec, timing) > MAX_DISTANCE:
+    sizes = Sizes.of(spec)
+    timing = min((one for one in timed if _alike(spec, one)), key=lambda one: distance(sizes, one.sizes), default=None)
+    if timing is None or distance(sizes, timing.sizes) > MAX_DISTANCE:
         return None
     usual, fixed = (timing.us[contender] for contender in contenders)
     return f"{fixed / usual:.2f} times as long, the backward pass alone, at {_where(spec, timing, index, target)}"
@@ -198,15 +202,6 @@ def _alike(spec: AttentionSpec, timing: Timing) -> bool:
         # a mask is measured without causality, which costs either side less than the mask does
         and (spec.mask is not None or timing.causal == (spec.band.hi is not None))
     )
-
-
-def _distance(spec: AttentionSpec, timing: Timing) -> float:
-    """In factors of two: of both lengths, half each, of the number of heads and of the head dim."""
-    dims = math.log2(max(spec.head_dim, spec.head_dim_v) / timing.head_dim)
-    rows = math.log2(spec.seqlen_q / timing.seqlen_q) / 2
-    keys = math.log2(spec.seqlen_k / timing.seqlen_k) / 2
-    heads = math.log2(spec.batch * spec.heads_q / (timing.batch * timing.heads))
-    return abs(rows) + abs(keys) + abs(heads) + abs(dims)
 
 
 def _same_binary(binding: Binding, spec: AttentionSpec, head_dim: int, target: Target) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashcore import tuned
 from flashcore.bench.artifact import Artifact, load
 from flashcore.build.sets import BuiltSet
 from flashcore.errors import BinaryError
@@ -165,4 +166,31 @@ def unproved(index: Index, built: BuiltSet) -> list[str]:
         if KERNELS[binary.info.kernel].computes and binary.info.sha256 not in index.verified:
             found.append(f"{binary.info.name}: {binary.info.sha256} is not among the binaries verified on {index.gpu}")
     found += [f"{name}: does not build: {words}" for name, words in built.failures.items()]
+    return found
+
+
+def unproved_entries(index: Index, built: BuiltSet) -> list[str]:
+    """What is wrong with the tuned configurations of the index's GPU, one line each; empty when all are in use and proved.
+
+    Raises:
+        ArgumentValueError: a table is damaged, or a configuration does not fit.
+    """
+    from flashcore.search.promote import unfounded
+
+    found = []
+    of_package = {binary.info.sha256 for binary in built.binaries}
+    for path, table in tuned.tables().items():
+        for entry in table.entries if table.gpu == index.gpu else ():
+            name = f"{path.name}: {entry.problem.name}"
+            if entry.stale:
+                found.append(f"{name}: is stale, and ignored: its kernel's source changed since the search")
+                continue
+            words = unfounded(entry, FOLDER / slug(table.gpu))
+            if words is not None:
+                found.append(f"{name}: its records do not bear it out: {words}")
+            for dtype, sha256 in entry.sha256.items():
+                if sha256 not in index.verified:
+                    found.append(f"{name}: its {dtype} binary {sha256} is not among those verified on {index.gpu}")
+                if sha256 not in of_package:
+                    found.append(f"{name}: its {dtype} binary {sha256} is not among those that are built")
     return found

@@ -22,6 +22,9 @@ class Binding(Protocol):
     def specialise_call(self, spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
         """The binary that a call on a GPU runs."""
 
+    def features(self, spec: AttentionSpec) -> str:
+        """What of a call configurations are tuned for (flashcore.tuned): all that its code depends on but the dtype."""
+
     def grid(self, spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
         """Number of blocks of a call: programs, a multiple of the specialisation's cluster."""
 

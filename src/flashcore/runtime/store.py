@@ -127,23 +127,40 @@ def obtain(specialisation: Specialisation, target: Target) -> Binary:
             f"{specialisation.name} is not among the binaries shipped for {target.arch}, and Triton, which would compile it, "
             "is not installed: pip install flashcore[compile]"
         )
-    if location.info is not None:
-        try:
-            binary = Binary(location.path.read_bytes(), location.info)
-            binary.check(str(location.path))
-            return binary
-        except (BinaryError, OSError) as error:
-            if location.origin == "shipped":
-                raise BinaryError(f"shipped binary: {error}; reinstall flashcore") from error
-            warnings.warn(f"flashcore: {error}; compiling the kernel again", RuntimeWarning, stacklevel=2)
-    from flashcore.build.pool import compile_one
+    binary = read(location)
+    if binary is None:
+        from flashcore.build.pool import compile_one
 
-    binary = compile_one(specialisation, target.arch)
+        binary = compile_one(specialisation, target.arch)
+        keep(location, binary)
+    return binary
+
+
+def read(location: Location) -> Binary | None:
+    """The binary that is at a location, checked; None where there is none yet, or where what was cached is damaged.
+
+    Raises:
+        BinaryError: a shipped binary is damaged.
+    """
+    if location.info is None:
+        return None
+    try:
+        binary = Binary(location.path.read_bytes(), location.info)
+        binary.check(str(location.path))
+    except (BinaryError, OSError) as error:
+        if location.origin == "shipped":
+            raise BinaryError(f"shipped binary: {error}; reinstall flashcore") from error
+        warnings.warn(f"flashcore: {error}; compiling the kernel again", RuntimeWarning, stacklevel=2)
+        return None
+    return binary
+
+
+def keep(location: Location, binary: Binary) -> None:
+    """Put a compiled binary into the cache, at the location that was found for it."""
     try:
         _write(location.path, binary)
     except OSError as error:  # a full or read-only disk costs the next process a compile, and nothing else
         warnings.warn(f"flashcore: cannot cache a compiled kernel: {error}", RuntimeWarning, stacklevel=2)
-    return binary
 
 
 def _write(path: Path, binary: Binary) -> None:

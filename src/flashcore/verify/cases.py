@@ -1,8 +1,8 @@
 """What is verified: a case is one call of attention, described by values alone, so the same on every machine.
 
 `mission_cases` are the 15 of the mission; the edge cases are in edge_cases.py, those for large tiles and persistent blocks
-in tile_cases.py, those for short sequences in short_cases.py, those that reach every shipped binary in shipped_cases.py, and
-what only a backward pass shows in backward_cases.py.
+in tile_cases.py, those for short sequences in short_cases.py, those that reach every shipped binary in shipped_cases.py and
+tuned_cases.py, and what only a backward pass shows in backward_cases.py.
 `inputs.py` turns a case into tensors.
 """
 
@@ -129,8 +129,8 @@ MISSION_SHAPES = {
     "multi_batch": (4, 8, 256, 64),
 }
 MISSION_SEEDS = (0, 42, 12345)
-SUITES = ("mission", "edge", "tile", "short", "shipped", "all")
-# What a backward pass is put to: every case of the forward's, and these.
+SUITES = ("mission", "edge", "tile", "short", "shipped", "tuned", "all")
+# What a backward pass is put to: every case of the forward's but the tuned ones, whose forms it has none of, and these.
 BACKWARD_SUITES = ("mission", "edge", "tile", "short", "shipped", "backward", "all")
 
 
@@ -164,6 +164,7 @@ def select(suite: str = "all", only: str | None = None, *, backward: bool = Fals
     from flashcore.verify.shipped_cases import shipped_cases
     from flashcore.verify.short_cases import short_cases
     from flashcore.verify.tile_cases import tile_cases
+    from flashcore.verify.tuned_cases import tuned_cases
 
     suites = BACKWARD_SUITES if backward else SUITES
     if suite not in suites:
@@ -174,6 +175,7 @@ def select(suite: str = "all", only: str | None = None, *, backward: bool = Fals
         "tile": tile_cases,
         "short": short_cases,
         "shipped": shipped_cases,
+        "tuned": tuned_cases,
         "backward": backward_cases,
     }
     cases = [case for name, group in groups.items() if name in suites and suite in (name, "all") for case in group()]

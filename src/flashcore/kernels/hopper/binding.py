@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from flashcore import tuned
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.config import (
     D64_WIDE,
@@ -57,9 +58,14 @@ class Features:
     @property
     def name(self) -> str:
         """A short readable id; what is usual is left out."""
+        return f"{TYPE_NAMES[self.dtype]}-{self.untyped}"
+
+    @property
+    def untyped(self) -> str:
+        """`name` without the dtype, which no form depends on."""
         head_dim, head_dim_v = self.head_dims
         dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}v{head_dim_v}"
-        return "-".join([TYPE_NAMES[self.dtype], dims, self.band, *(["softcap"] if self.softcap else [])])
+        return "-".join([dims, self.band, *(["softcap"] if self.softcap else [])])
 
 
 def _padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
@@ -139,11 +145,21 @@ def _maps(head_dims: tuple[int, int], config: HopperConfig) -> list[tuple[str, T
     return found
 
 
-def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
-    """The binary that a call on a GPU runs."""
+def hand_chosen(spec: AttentionSpec, arch: str, sm_count: int) -> HopperConfig:
+    """The form that the table in config.py has for a call."""
     features = Features.of(spec)
     wide_fill = -(-spec.seqlen_q // D64_WIDE.block_m) * spec.batch * spec.heads_q >= sm_count
-    return specialise(features, choose_config(features.head_dims, features.band, spec.seqlen_k, wide_fill=wide_fill))
+    return choose_config(features.head_dims, features.band, spec.seqlen_k, wide_fill=wide_fill)
+
+
+def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
+    """The binary that a call on a GPU runs."""
+    return specialise(Features.of(spec), tuned.config(IMPL, spec, arch, sm_count) or hand_chosen(spec, arch, sm_count))
+
+
+def features(spec: AttentionSpec) -> str:
+    """What forms are tuned for: the features of a call without its dtype."""
+    return Features.of(spec).untyped
 
 
 def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
@@ -217,10 +233,11 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
     if arch != ARCH:
         return ()
     forms: tuple[tuple[BandKind, bool], ...] = (("none", False), ("causal", False), ("window", False), ("window", True))
+    found = [Features(dtype, head_dims, *form) for dtype in DTYPES for head_dims in HEAD_DIMS for form in forms]
     return tuple(
-        specialise(Features(dtype, head_dims, band, softcap), config)
-        for dtype in DTYPES
-        for head_dims in HEAD_DIMS
-        for band, softcap in forms
-        for config in configurations(head_dims, band)
+        dict.fromkeys(
+            specialise(one, config)
+            for one in found
+            for config in (*configurations(one.head_dims, one.band), *tuned.configs(IMPL, one.untyped, one.dtype, arch))
+        )
     )

@@ -18,6 +18,9 @@ BARRIER_SIZE = 8
 COMPILER_SHARED = 1024
 # setmaxnreg for (consumers, producer): what fills the 65536 registers with one producer warpgroup beside 2 or 3 consumers
 REGISTERS = {2: (240, 24), 3: (160, 32)}
+# Of a consumer's, for everything but the operands of products: with fewer ptxas serialises the products (C7512), which the
+# build refuses. That was seen with 16 left, and not with 32.
+OTHER_REGISTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,38 @@ class HopperConfig:
         slots = self.q_slots * self.warpgroups
         return 2 * (queries + outputs + keys_and_values) + 2 * BARRIER_SIZE * (slots + self.kv_slots) + 12 * slots
 
+    def operand_registers(self, head_dim: int, head_dim_v: int) -> int:
+        """Registers of a thread for what is in flight at once: scores, the weights before them, outputs and, there, queries."""
+        scores_and_weights = self.block_n // 2 + self.block_n // 4
+        return scores_and_weights + head_dim_v // 2 + (head_dim // 4 if self.q_registers else 0)
+
     def fits(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether a multiprocessor has the registers and the shared memory, and the options go together."""
         joined = not self.join_tiles or (not self.o_shares_q and (self.q_registers or self.q_slots > 1))
         shared_output = not self.o_shares_q or (head_dim_v <= head_dim and not self.q_registers and self.q_slots == 1)
         return (
             self.warpgroups in REGISTERS
+            and self.operand_registers(head_dim, head_dim_v) + OTHER_REGISTERS <= REGISTERS[self.warpgroups][0]
             and joined
             and shared_output
             and self.shared_memory(head_dim, head_dim_v) + COMPILER_SHARED <= SHARED_MEMORY_LIMIT["sm_90a"]
         )
 
+
+# What a search (flashcore.search) may choose of each field. Tiles are powers of two, because Gluon has no others, and the
+# registers do not hold the scores of 256 keys.
+CHOICES: dict[str, tuple[int | bool, ...]] = {
+    "warpgroups": (2, 3),
+    "block_n": (64, 128),
+    "q_slots": (1, 2),
+    "kv_slots": (2, 3, 4),
+    "q_registers": (False, True),
+    "o_shares_q": (False, True),
+    "join_tiles": (False, True),
+    "skip_rescale": (False, True),
+    "emulate_exp2": (False, True),
+    "hold_wait": (False, True),
+}
 
 # Head dim 64 is limited by the exponentials: 3 warpgroups hide them best, but tiles of 192 rows waste more of a short sequence
 # and of a causal one's diagonal. 2 warpgroups need the emulated exponentials.

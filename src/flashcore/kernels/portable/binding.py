@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from flashcore import tuned
 from flashcore.kernels.arguments import Argument, Pointer
 from flashcore.kernels.portable.config import PortableConfig
 from flashcore.kernels.portable.tuning import Kind, choose_config, configurations
@@ -99,6 +100,12 @@ class Features:
             parts.append(self.precision)
         return "-".join(parts)
 
+    @property
+    def untyped(self) -> str:
+        """`name` without the dtype, and without the mask's where that is the same: both half dtypes take the same tiles."""
+        dtype = TYPE_NAMES[self.dtype]
+        return self.name.removeprefix(f"{dtype}-").replace(f"mask{dtype}", "maskadd")
+
 
 def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | None:
     """Why this kernel cannot run a call on a device, or None when it can."""
@@ -153,11 +160,21 @@ def specialise(features: Features, config: PortableConfig) -> Specialisation:
     )
 
 
-def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
-    """The binary that a call on a GPU runs."""
+def hand_chosen(spec: AttentionSpec, arch: str, sm_count: int) -> PortableConfig:
+    """The tiles that the table in tuning.py has for a call."""
     features = Features.of(spec)
     rows = spec.batch * spec.heads_q * spec.seqlen_q
-    return specialise(features, choose_config(features.kind, features.block_d, arch, rows, sm_count))
+    return choose_config(features.kind, features.block_d, arch, rows, sm_count)
+
+
+def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
+    """The binary that a call on a GPU runs."""
+    return specialise(Features.of(spec), tuned.config(IMPL, spec, arch, sm_count) or hand_chosen(spec, arch, sm_count))
+
+
+def features(spec: AttentionSpec) -> str:
+    """What tiles are tuned for: the features of a call without its dtype."""
+    return Features.of(spec).untyped
 
 
 def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
@@ -238,8 +255,8 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
         found.append(replace(general, dtype=torch.float32, block_d=block_d, fold_scale=False))
     return tuple(
         dict.fromkeys(
-            specialise(features, config)
-            for features in found
-            for config in configurations(features.kind, features.block_d, arch)
+            specialise(one, config)
+            for one in found
+            for config in (*configurations(one.kind, one.block_d, arch), *tuned.configs(IMPL, one.untyped, one.dtype, arch))
         )
     )

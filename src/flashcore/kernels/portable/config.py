@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from flashcore.target import SHARED_MEMORY_LIMIT
 
+# Of a thread, for scores and outputs: with 192 of them there are forms without spills, with 256 there are none.
+ACCUMULATOR_REGISTERS = 192
+
 
 @dataclass(frozen=True, slots=True)
 class PortableConfig:
@@ -26,7 +29,18 @@ class PortableConfig:
         return f"m{self.block_m}n{self.block_n}w{self.num_warps}s{self.num_stages}{edge}"
 
     def fits(self, arch: str, block_d: int, element_size: int) -> bool:
-        """Whether the pipelined K and V tiles and the query tile fit into shared memory together."""
+        """Whether the pipelined K and V tiles and the query tile fit into shared memory, and what is summed into registers."""
         stages = max(self.num_stages, self.edge_stages) * 2 * self.block_n * block_d * element_size
         query = self.block_m * block_d * element_size
-        return stages + query <= SHARED_MEMORY_LIMIT[arch]
+        accumulators = self.block_m * (self.block_n + block_d) // (32 * self.num_warps)
+        return stages + query <= SHARED_MEMORY_LIMIT[arch] and accumulators <= ACCUMULATOR_REGISTERS
+
+
+# What a search (flashcore.search) may choose of each field.
+CHOICES: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3, 4),
+    "edge_stages": (1, 2, 3, 4),
+}

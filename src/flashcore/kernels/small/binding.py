@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore import tuned
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.small.config import (
@@ -45,7 +46,12 @@ class Features:
     @property
     def name(self) -> str:
         """A short readable id."""
-        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{'causal' if self.causal else 'none'}"
+        return f"{TYPE_NAMES[self.dtype]}-{self.untyped}"
+
+    @property
+    def untyped(self) -> str:
+        """`name` without the dtype, which no form depends on."""
+        return f"d{self.head_dim}-{'causal' if self.causal else 'none'}"
 
 
 def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | None:
@@ -61,7 +67,14 @@ def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | No
     head_dim, keys = padded_head_dim(widest), spec.attended_keys[1]
     if keys > capacity(head_dim):
         return f"takes at most {capacity(head_dim)} keys at head dim {head_dim}; got {keys} that some row attends"
-    config = choose_config(head_dim, keys)
+    return refused_by(choose_config(head_dim, keys), spec)
+
+
+def refused_by(config: SmallConfig, spec: AttentionSpec) -> str | None:
+    """Why a call that the kernel takes cannot be run in this form, or None when it can."""
+    head_dim, keys = padded_head_dim(max(spec.head_dim, spec.head_dim_v)), spec.attended_keys[1]
+    if keys > config.capacity:
+        return f"{config.name} takes at most {config.capacity} keys; got {keys} that some row attends"
     blocks, most = config.cluster * _tiles(spec), max_blocks(config, head_dim)
     if blocks > most:
         return f"takes at most {most} blocks for so many keys at head dim {head_dim}; got {blocks} for tiles of {ROWS} rows"
@@ -107,10 +120,19 @@ def specialise(features: Features, config: SmallConfig) -> Specialisation:
     )
 
 
+def hand_chosen(spec: AttentionSpec, arch: str, sm_count: int) -> SmallConfig:
+    """The form that the table in config.py has for a call."""
+    return choose_config(Features.of(spec).head_dim, spec.attended_keys[1])
+
+
 def specialise_call(spec: AttentionSpec, arch: str, sm_count: int) -> Specialisation:
     """The binary that a call on a GPU runs."""
-    features = Features.of(spec)
-    return specialise(features, choose_config(features.head_dim, spec.attended_keys[1]))
+    return specialise(Features.of(spec), tuned.config(IMPL, spec, arch, sm_count) or hand_chosen(spec, arch, sm_count))
+
+
+def features(spec: AttentionSpec) -> str:
+    """What forms are tuned for: the features of a call without its dtype."""
+    return Features.of(spec).untyped
 
 
 def grid(spec: AttentionSpec, specialisation: Specialisation, sm_count: int) -> int:
@@ -164,10 +186,11 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
     """The specialisations that a wheel holds for an arch: every form of every head dim."""
     if arch != ARCH:
         return ()
+    found = [Features(dtype, head_dim, causal) for dtype in DTYPES for head_dim in HEAD_DIMS for causal in (False, True)]
     return tuple(
-        specialise(Features(dtype, head_dim, causal), config)
-        for dtype in DTYPES
-        for head_dim in HEAD_DIMS
-        for causal in (False, True)
-        for config in FORMS[head_dim]
+        dict.fromkeys(
+            specialise(one, config)
+            for one in found
+            for config in (*FORMS[one.head_dim], *tuned.configs(IMPL, one.untyped, one.dtype, arch))
+        )
     )

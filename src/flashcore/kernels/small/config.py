@@ -56,6 +56,13 @@ class SmallConfig:
         )
 
 
+# What a search (flashcore.search) may choose of each field.
+CHOICES: dict[str, tuple[int, ...]] = {
+    "cluster": (1, 2, 4),
+    "keys": tuple(range(32, 289, 32)),
+    "block_n": (32, 64, 128, 256),
+}
+
 _UP_TO_256 = (SmallConfig(1, 64, 64), SmallConfig(1, 128, 128), SmallConfig(2, 128, 128))
 # head dim -> forms by capacity, of which a call takes the first that holds its keys. At head dim 128 the scores of 256 keys do
 # not fit into the registers beside the output.
