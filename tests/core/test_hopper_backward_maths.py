@@ -11,7 +11,7 @@ import torch
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.hopper import backward_binding as binding
 from flashcore.kernels.hopper.backward_factors import Factors
-from flashcore.kernels.program import Workspace
+from flashcore.kernels.program import Launch, Workspace
 from flashcore.spec import AttentionSpec, Options
 
 _FOUND = importlib.util.spec_from_file_location("gluon_on_cpu", Path(__file__).with_name("gluon_on_cpu.py"))
@@ -36,7 +36,7 @@ SOFTCAP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | SOFTCAP).values(), ids=CASES | SOFTCAP)
 @pytest.mark.parametrize("head_dims", [(192, 128), (256, 256)], ids=str)
 def test_gradients_of_wide_heads(head_dims: tuple[int, int], case: dict[str, Any], early: bool) -> None:
     assert _worst_error(head_dims, early, **case) < 4
@@ -74,6 +74,18 @@ def test_a_barrier_that_never_completes_is_found(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gluon_on_cpu._Barrier, "change", lambda self, n, num_bytes: change(self, min(n, 3), num_bytes))
     with pytest.raises(TimeoutError, match="hangs"):
         _worst_error((256, 256), early=True, **CASES["shared heads"])
+
+
+@pytest.mark.parametrize("kernel", ["hopper_backward_wide", "hopper_backward_dq"])
+def test_a_gradient_that_nothing_writes_is_found(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gluon_on_cpu.run_on_cpu
+
+    def run_others(launch: Launch, tensors: dict[str, torch.Tensor], *, early: bool) -> None:
+        if launch.specialisation.kernel != kernel:
+            run(launch, tensors, early=early)
+
+    monkeypatch.setattr(gluon_on_cpu, "run_on_cpu", run_others)
+    assert math.isnan(_worst_error((192, 128), early=True, **CASES["one row and one key"]))
 
 
 def _worst_error(
@@ -121,10 +133,12 @@ def _worst_error(
     if not deterministic:
         tensors["dq"] = _from_fragments(tensors["dq_sum"])[:, :seqlen_q, :dim].unflatten(0, (1, heads_q)) * call.scale
     rounding = torch.finfo(dtype).eps / 2
-    return max(
-        float((tensors[name].double() - gradient).abs().max() / (rounding * gradient.abs().max().clamp(min=1)))
+    errors = [
+        (tensors[name].double() - gradient).abs().max() / (rounding * gradient.abs().max().clamp(min=1))
         for name, gradient in zip(("dq", "dk", "dv"), expected, strict=True)
-    )
+    ]
+    # Python's max would lose a NaN
+    return float(torch.stack(errors).max())
 
 
 def _reference(

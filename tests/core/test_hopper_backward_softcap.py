@@ -100,9 +100,19 @@ def test_factors(make_spec: MakeSpec) -> None:
     assert binding.reject(_spec(tiny), "sm_90a", False) is None
 
 
-@pytest.mark.parametrize(("deterministic", "kernels"), [(False, 1), (True, 2)], ids=["fused", "pair"])
-def test_a_softcap_takes_binaries_of_its_own_with_any_band(deterministic: bool, kernels: int, make_spec: MakeSpec) -> None:
-    calls = [make_spec(scale=0.25, softcap=20.0, **options) for options in ({}, {"causal": True}, {"window": (9, 3)})]
+@pytest.mark.parametrize(
+    ("head_dims", "deterministic", "kernels"),
+    [((64, 64), False, 1), ((64, 64), True, 2), ((192, 128), False, 2), ((256, 256), True, 2)],
+    ids=["fused", "pair", "d192v128", "d256"],
+)
+def test_a_softcap_takes_binaries_of_its_own_with_any_band(
+    head_dims: tuple[int, int], deterministic: bool, kernels: int, make_spec: MakeSpec
+) -> None:
+    dims = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
+    capped = {"scale": 0.25, "softcap": 20.0, **dims}
+    calls = [make_spec(**capped, **options) for options in ({}, {"causal": True}, {"window": (9, 3)})]
+    for call in calls:
+        assert binding.reject(_spec(call, deterministic=deterministic), "sm_90a", False) is None
     programs = [binding.program(_spec(call, deterministic=deterministic), "sm_90a", 132) for call in calls]
     taken = [[x for x in program.launches if binding.matrix_instruction(x.specialisation, "sm_90a")] for program in programs]
     for launches in taken:
@@ -111,15 +121,19 @@ def test_a_softcap_takes_binaries_of_its_own_with_any_band(deterministic: bool, 
             constants = dict(launch.specialisation.constants)
             assert constants["HAS_LO"] is constants["HAS_HI"] is True and "cap_scale" not in constants
             assert "window-softcap" in launch.specialisation.name
-            *_, exponent, scale, cap = launch.arguments
-            assert scale == 0.25 and exponent == pytest.approx(20 * LOG2_E) and cap == pytest.approx(2 * LOG2_E / 80)
-            assert [p.name for p in launch.specialisation.parameters[-3:]] == ["exponent_scale", "scale", "cap_scale"]
+            values = dict(zip((p.name for p in launch.specialisation.parameters), launch.arguments, strict=True))
+            assert values["scale"] == 0.25 and values["exponent_scale"] == pytest.approx(20 * LOG2_E)
+            assert values["cap_scale"] == pytest.approx(2 * LOG2_E / 80)
+            # in the order of the kernel's parameters: after the numbers, before maps of columns from 128 on
+            names = [name for name in values if not name.endswith("_tail_map")]
+            assert names[-3:] == ["exponent_scale", "scale", "cap_scale"] and list(values)[: len(names)] == names
     assert len({launch.specialisation for launches in taken for launch in launches}) == kernels
     for program in programs:
         prepare = program.launches[0]
         values = dict(zip((p.name for p in prepare.specialisation.parameters), prepare.arguments, strict=True))
         assert values["lse_factor"] == pytest.approx(-LOG2_E)
-    for launch in binding.program(_spec(make_spec(window=(9, 3)), deterministic=deterministic), "sm_90a", 132).launches:
+    uncapped = _spec(make_spec(window=(9, 3), **dims), deterministic=deterministic)
+    for launch in binding.program(uncapped, "sm_90a", 132).launches:
         constants = dict(launch.specialisation.constants)
         assert constants.get("cap_scale") is None and "softcap" not in launch.specialisation.name
 
@@ -174,7 +188,8 @@ CASES = {
     and case.dtype in (torch.float16, torch.bfloat16)
     and (case.scale or 1.0) > 0
     and not (case.dead_nan or case.dead_rows or case.needs_bytes)
-    and max(case.head_dim, case.dim_v) <= 128
+    # what is rounded is the same in wide heads: of these a few, which take longer
+    and (max(case.head_dim, case.dim_v) <= 128 or case.name.startswith("backward-"))
 }
 
 

@@ -101,7 +101,8 @@ def test_forms() -> None:
 
 
 def test_the_binary_holds_what_is_meant() -> None:
-    specialisation = wide.specialise(wide.WideFeatures(torch.float16, (256, 256), True))
+    # with a softcap it has everything that it can have
+    specialisation = wide.specialise(wide.WideFeatures(torch.float16, (256, 256), True, softcap=True))
     (outcome,) = compile_all([Request(specialisation, "sm_90a")], jobs=1)
     assert outcome.binary is not None, outcome.error
     code, info = read_machine_code(outcome.binary), outcome.binary.info

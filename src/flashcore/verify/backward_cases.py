@@ -116,8 +116,8 @@ def _softcap() -> list[Case]:
     """Its derivative, at every head dim with tiles of its own; scores of several times the cap."""
     shape = Case(name="", heads_q=4, heads_k=2, seqlen_q=197, seqlen_k=333, softcap=1.5, scale=0.5, return_lse=False)
     return [
-        replace(shape, name=f"backward-softcap-d{d}-{name}", head_dim=d, dtype=dtype, causal=causal)
-        for d in (64, 96, 128, 256)
+        replace(shape, name=f"backward-softcap-{dims}-{name}", head_dim=d, head_dim_v=dv, dtype=dtype, causal=causal)
+        for dims, d, dv in (("d64", 64, 64), ("d96", 96, 96), ("d128", 128, 128), ("d192v128", 192, 128), ("d256", 256, 256))
         for (name, dtype), causal in zip(HALF.items(), (True, False), strict=True)
     ]
 

@@ -40,8 +40,6 @@ def reject(spec: BackwardSpec, arch: str | None, interpreted: bool) -> str | Non
         return "needs strides and an address of the output's gradient that are multiples of 16 bytes (8 elements)"
     if call.softcap == 0 and call.scale < MIN_SCALE:
         return f"needs a scale of at least {MIN_SCALE:g} backwards; got {call.scale:g}"
-    if call.softcap != 0 and _is_wide(spec):
-        return f"takes no softcap with head dims beyond 128 backwards; got {call.head_dim} and {call.head_dim_v}"
     if call.seqlen_q == 0:
         return "needs a query"
     if call.batch * max(call.heads_q * call.seqlen_q, call.heads_k * call.seqlen_k) > FRAGMENT * (MAX_PROGRAMS - 1):
@@ -105,17 +103,16 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
             for summed in (False, True)
         ),
         *(
-            wide.specialise(wide.WideFeatures(dtype, head_dims, banded))
+            wide.specialise(wide.WideFeatures(dtype, head_dims, banded, softcap))
             for dtype in DTYPES
             for head_dims in WIDE_CONFIGS
-            for banded in (False, True)
+            for banded, softcap in kinds
         ),
         *(
             dq.specialise(dq.DqFeatures(dtype, head_dims, banded, softcap))
             for dtype in DTYPES
             for head_dims in HEAD_DIMS
             for banded, softcap in kinds
-            if not (softcap and head_dims in WIDE_CONFIGS)
         ),
         *(_specialise_finish(*form) for form in fused),
     )

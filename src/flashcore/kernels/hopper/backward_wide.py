@@ -4,12 +4,15 @@ With row_lse and delta as hopper_backward_prepare leaves them, all transposed, [
 
     p = 2^((k q^T + row_lse) * scale * log2(e)),   dv = p do,   ds = p * (v do^T + delta),   dk = scale ds q
 
+and with a softcap p and ds as backward_softcap.py has them.
+
 The threads that hold 64 keys' dv have no registers for their dk as well. So the first warpgroup computes p, takes it from
-registers for dv, and hands it on in 16 bits to the second, which makes ds of it and takes that from registers for dk. Each has
-one product of D columns and one of Dv, and is at most a few query blocks ahead of the other.
+registers for dv, and hands it on in 16 bits, with a softcap times the slope, to the second, which makes ds of it and takes that
+from registers for dk. Each has one product of D columns and one of Dv, and is at most a few query blocks ahead of the other.
 """
 
 from flashcore.kernels.hopper.backward_shared import Rows
+from flashcore.kernels.hopper.backward_softcap import cap_scores, weights_and_slopes
 from flashcore.kernels.hopper.exchange import Exchange
 from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from flashcore.kernels.hopper.launches import wait_for_earlier_launch
@@ -30,7 +33,7 @@ class Shared:
 
     `tiles` has the roles exchanged: its rows are keys and its keys are query rows. Coordinates in the maps begin at the first
     key and the first query row that take part in anything. `blocks_per_head` counts blocks of BLOCK_M padded rows.
-    `exponent_scale` is scale * log2(e).
+    `exponent_scale` and `cap_scale` are those of the kernel.
     """
 
     q: Operand
@@ -50,6 +53,7 @@ class Shared:
     first_key: gl.tensor
     exponent_scale: gl.tensor
     scale: gl.tensor
+    cap_scale: gl.tensor | gl.constexpr
 
 
 @gluon.jit
@@ -60,26 +64,34 @@ def _tile():
 
 
 @gluon.jit
-def _start_from_rows(s, left, right, numbers, slot):
-    """Start left right^T + numbers: [64, BLOCK_M], of the block's keys or values and a slot's queries or gradients."""
-    LAYOUT: gl.constexpr = accumulator(s.rows.BLOCK_M)
-    row = numbers.index(slot).load(gl.SliceLayout(0, LAYOUT))
-    acc = row[None, :].broadcast_to([left.ROWS, s.rows.BLOCK_M])
+def _start(left, right, acc, slot, ADD: gl.constexpr):
+    """Start left right^T, of the block's keys or values and a slot's queries or gradients: [64, BLOCK_M]. With ADD, + acc."""
     a, a_tail = left.tile(0)
     b, b_tail = right.tile(slot)
-    acc = warpgroup_mma(a, b.permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(a, b.permute((1, 0)), acc, use_acc=ADD, is_async=True)
     if left.TAIL_DIM > 0:
         acc = warpgroup_mma(a_tail, b_tail.permute((1, 0)), acc, is_async=True)
     return acc
 
 
 @gluon.jit
+def _start_from_rows(s, left, right, numbers, slot):
+    """Start left right^T + numbers."""
+    LAYOUT: gl.constexpr = accumulator(s.rows.BLOCK_M)
+    row = numbers.index(slot).load(gl.SliceLayout(0, LAYOUT))
+    return _start(left, right, row[None, :].broadcast_to([left.ROWS, s.rows.BLOCK_M]), slot, True)
+
+
+@gluon.jit
 def _start_products(s, DK: gl.constexpr, slot):
-    """Start what the next factor is made of: k q^T - lse / scale or, for dk, v do^T - delta."""
+    """Start what the next factor is made of: k q^T - lse / scale, with a softcap k q^T, or, for dk, v do^T - delta."""
     if DK:
         return _start_from_rows(s, s.v, s.do, s.rows.delta, slot)
-    else:
+    elif s.cap_scale is None:
         return _start_from_rows(s, s.k, s.q, s.rows.lse, slot)
+    else:
+        zeros = gl.zeros([s.k.ROWS, s.rows.BLOCK_M], gl.float32, accumulator(s.rows.BLOCK_M))
+        return _start(s.k, s.q, zeros, slot, False)
 
 
 @gluon.jit
@@ -91,12 +103,20 @@ def _factor(s, DK: gl.constexpr, products, use, block, masked, first_row, last_r
         factor = (p.to(gl.float32) * products).to(p.dtype)
     else:
         tiles = s.tiles
+        if s.cap_scale is not None:
+            products = cap_scores(products, s.cap_scale, 1.0 + past_end[:, None])
         if tiles.HAS_LO or tiles.HAS_HI:
             if masked:
                 m0 = block * s.rows.BLOCK_M
                 products = mask_scores(products, 0, m0, NO_END, first_row, last_row, tiles.HAS_LO, tiles.HAS_HI)
-        factor = gl.exp2(products * s.exponent_scale + past_end[:, None]).to(s.q.main.dtype)
-        s.weights.give(use, factor)
+        if s.cap_scale is None:
+            factor = gl.exp2(products * s.exponent_scale + past_end[:, None]).to(s.q.main.dtype)
+            s.weights.give(use, factor)
+        else:
+            row_lse = s.rows.lse.index(use % s.q_ring.SLOTS).load(gl.SliceLayout(0, products.type.layout))
+            p, sloped = weights_and_slopes(products, s.exponent_scale, row_lse[None, :])
+            factor = p.to(s.q.main.dtype)
+            s.weights.give(use, sloped.to(factor.dtype))
     COLUMNS: gl.constexpr = s.q.DIM if DK else s.do.DIM
     return gl.convert_layout(factor, left_operand(COLUMNS))
 
@@ -212,7 +232,7 @@ def _produce(s: Shared):
 def hopper_backward_wide(
     q_map, do_map, k_map, v_map, dk_map, dv_map, row_lse_ptr, delta_ptr,
     kv_heads, heads_k, heads_per_kv, seqlen_q, seqlen_k, blocks_per_head, first_query, first_key, band_lo, band_hi, group_heads,
-    exponent_scale, scale,
+    exponent_scale, scale, cap_scale,
     SLOTS: gl.constexpr, EXCHANGED: gl.constexpr, HAS_LO: gl.constexpr, HAS_HI: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     q_tail_map=None, do_tail_map=None, k_tail_map=None, v_tail_map=None, dk_tail_map=None, dv_tail_map=None,
@@ -223,7 +243,8 @@ def hopper_backward_wide(
     [1, 1, 64, DIM]; the tails are the columns from DIM on. The maps of q and do begin at row first_query and those of k and v
     at first_key, and end where nothing follows that takes part. row_lse and delta are as backward_prepare.py leaves them.
     `kv_heads` is B * Hk, blocks_per_head the number of blocks of BLOCK_M rows of a padded head. Key j is attended by row i iff
-    j + band_lo <= i <= j + band_hi.
+    j + band_lo <= i <= j + band_hi. exponent_scale and cap_scale are backward_factors.py's; cap_scale is None, a constant,
+    without a softcap.
     """
     BLOCK_M: gl.constexpr = q_map.block_shape[2]
     KEYS: gl.constexpr = k_map.block_shape[2]
@@ -246,7 +267,7 @@ def hopper_backward_wide(
     )  # fmt: skip
     s = Shared(
         q, do, k, v, dk, dv, rows, weights, q_ring, kv_ring, tiles, heads_per_kv, blocks_per_head, first_query, first_key,
-        exponent_scale, scale,
+        exponent_scale, scale, cap_scale,
     )  # fmt: skip
     gl.warp_specialize(
         [(_consume, (gl.constexpr(0), s)), (_consume, (gl.constexpr(1), s)), (_produce, (s,))],

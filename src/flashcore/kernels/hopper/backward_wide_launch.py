@@ -9,7 +9,7 @@ import torch
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorName
 from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig, head_dims_name, padded_head_dims, tile_columns
-from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, numbers, tensor_maps
+from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, needs_band, numbers, tensor_maps
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 
@@ -19,6 +19,7 @@ SOURCES = tuple(
     f"kernels/hopper/{name}.py"
     for name in (
         "backward_shared",
+        "backward_softcap",
         "backward_wide",
         "exchange",
         "gluon_api",
@@ -36,22 +37,24 @@ _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
 
 @dataclass(frozen=True, slots=True)
 class WideFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys."""
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys, or there is a softcap."""
 
     dtype: torch.dtype
     head_dims: tuple[int, int]
     banded: bool
+    softcap: bool = False
 
     @classmethod
     def of(cls, spec: BackwardSpec) -> WideFeatures:
         call = spec.call
-        banded = call.band.lo is not None or call.band.hi is not None
-        return cls(call.dtype, padded_head_dims(call.head_dim, call.head_dim_v), banded)
+        head_dims = padded_head_dims(call.head_dim, call.head_dim_v)
+        return cls(call.dtype, head_dims, needs_band(call), call.softcap != 0)
 
     @property
     def name(self) -> str:
         """A short readable id."""
-        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}"
+        cap = "-softcap" if self.softcap else ""
+        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}{cap}"
 
 
 def specialise(features: WideFeatures, config: WideConfig | None = None) -> Specialisation:
@@ -75,8 +78,14 @@ def specialise(features: WideFeatures, config: WideConfig | None = None) -> Spec
             tails.append(Parameter(f"{tensor}_tail_map", f"tensormap<{element}[1,1,{rows},{tail}]>"))
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
-    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32"), *tails]
-    constants: dict[str, int | bool | str | None] = {
+    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
+    constants: dict[str, int | bool | str | None] = {}
+    if features.softcap:
+        parameters.append(Parameter("cap_scale", "fp32"))
+    else:
+        constants["cap_scale"] = None
+    parameters += tails
+    constants |= {
         "SLOTS": config.slots,
         "EXCHANGED": config.exchanged,
         "HAS_LO": features.banded,
