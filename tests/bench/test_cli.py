@@ -70,7 +70,7 @@ def test_the_bars_grid_is_timed_in_both_orders_without_python_calls(
     ("arguments", "named"),
     [
         (("--shape", "1,8,512"), "B,H,S,D"),
-        (("--grid", "big"), "small, fa, fa-bwd, features, decode, crossover"),
+        (("--grid", "big"), "small, fa, fa-bwd, train, features, decode, crossover"),
         (("--grid", "fa", "--shape", "tiny"), "one of them"),
         (("--dtype", "fp8"), "fp16, bf16, fp32"),
         (("--impl", "magic"), "flashcore-portable"),

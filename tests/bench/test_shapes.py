@@ -40,7 +40,7 @@ def test_bad_text_names_what_is_allowed(text: str) -> None:
 
 
 def test_unknown_grid_and_dtype() -> None:
-    with pytest.raises(ArgumentValueError, match="small, fa, fa-bwd, features, decode, crossover"):
+    with pytest.raises(ArgumentValueError, match="small, fa, fa-bwd, train, features, decode, crossover"):
         grid("large")
     with pytest.raises(ArgumentValueError, match="fp16, bf16, fp32"):
         override((NAMED_SHAPES["mission"],), causal=False, dtype="int8")

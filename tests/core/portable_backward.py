@@ -15,6 +15,7 @@ import flashcore
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import TENSORS
 from flashcore.kernels.portable import backward_binding as binding
+from flashcore.memory_order import dense_strides
 from flashcore.reference_gradients import Call, gradients, terms, twin_gradients
 from flashcore.runtime.interpret import interpret
 from flashcore.spec import AttentionSpec, Options
@@ -78,7 +79,7 @@ def _run(call: Call, arch: str = "sm_90a") -> dict[str, torch.Tensor]:
     assert binding.reject(spec, None, True) is None and binding.reproducible(spec)
     program = binding.program(spec, arch, 132)
     of = {"dq": call.q, "dk": call.k, "dv": call.v} | ({"dmask": mask} if biased else {})
-    found = {name: torch.full(like.shape, math.nan, dtype=like.dtype) for name, like in of.items()}
+    found = {name: _nan(like, name == "dmask") for name, like in of.items()}
     inputs = {"q": call.q, "k": call.k, "v": call.v, "mask": mask, "o": o, "lse": lse, "do": call.do, "dlse": call.dlse}
     workspaces = {w.tensor: torch.full(w.shape, math.nan, dtype=w.dtype) for w in program.workspaces}
     tensors = {**dict.fromkeys(TENSORS), **inputs, **found, **workspaces}
@@ -88,6 +89,12 @@ def _run(call: Call, arch: str = "sm_90a") -> dict[str, torch.Tensor]:
     assert all(torch.equal(tensors[name].isnan(), then.isnan()) for name, then in before.items())
     assert all(torch.equal(tensors[name].nan_to_num(), then.nan_to_num()) for name, then in before.items())
     return found
+
+
+def _nan(like: torch.Tensor, contiguous: bool) -> torch.Tensor:
+    """NaN in memory that lies as a gradient does."""
+    strides = torch.empty(like.shape, device="meta").stride() if contiguous else dense_strides(like.shape, like.stride())
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype).fill_(math.nan)
 
 
 def _compare(call: Call, found: dict[str, torch.Tensor]) -> dict[str, Comparison]:

@@ -98,7 +98,7 @@ def test_a_tuned_form_and_what_it_displaces_are_met(entry: Entry, table: Callabl
 
 def test_an_entry_among_others_is_met_at_its_own_sizes(table: Callable) -> None:
     mission = _entry("small", SMALL)
-    others = [_entry("small", None, heads=8, heads_k=8, seqlen_q=q, seqlen_k=k) for q, k in ((39, 465), (131, 131), (465, 39))]
+    others = [_entry("small", None, heads=8, heads_k=8, seqlen_q=q, seqlen_k=k) for q, k in ((73, 465), (189, 189), (465, 73))]
     table(mission, *others)
     assert "tuned-small-fp16-b1h8s512d64" in {case.name for case in tuned_cases()}
     table(mission)
@@ -112,7 +112,7 @@ def test_an_entry_among_others_is_met_at_its_own_sizes(table: Callable) -> None:
 def test_the_longest_are_verified_by_a_fraction_of_their_scores_and_on_gpus_only(table: Callable) -> None:
     table(_entry("hopper", HOPPER, **LONGEST))
     scores = {case.name: case.batch * case.heads_q * case.seqlen_q * case.seqlen_k for case in tuned_cases()}
-    assert max(scores.values()) < 32 * 16384**2 / 12
+    assert max(scores.values()) < 32 * 16384**2 / 7
     assert all(bool(case.needs_bytes) == (scores[case.name] > 2**20) for case in tuned_cases())
 
 

@@ -1,8 +1,9 @@
 """From a search and its retests to an entry of `tuned/<gpu>.json`: the fastest form that holds, or that none does.
 
 A form holds where it is faster than the hand-chosen one beyond noise on the searched shape, in the search and again wherever
-it was retested there, and on no shape that the search did not see is it slower beyond noise. The best of many noisy times
-is too good by its selection, so the ratio that an entry carries is the retest's where there is one.
+it was retested there, and is not slower beyond noise on some shape at least that the search did not see. One that is slower on
+none comes before one that is; where it is, the hand-chosen form gets an entry of its own, so that calls near there keep it. The
+best of many noisy times is too good by its selection, so the ratio that an entry carries is the retest's where there is one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ from flashcore.stored import write_whole
 from flashcore.tuned import Entry, Ratio, Table
 
 Record = TypeVar("Record", bound=BaseModel)
+# A form that is faster by less is not worth the binaries that a wheel would hold of it, one a dtype.
+WORTH = 1.02
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a form that holds was measured at: the searched problem, and by name those that the search did not see."""
+    """What a form that holds was measured at: the searched problem, and by name those that the search did not see.
+
+    slower: of the latter, where the hand-chosen form is faster beyond noise.
+    """
 
     ratio: Ratio
     unseen: dict[str, Ratio]
+    slower: tuple[Problem, ...]
 
 
 def contest(trial: Trial, result: SearchResult, retests: Sequence[BatchResult]) -> Held | str:
@@ -43,6 +50,7 @@ def contest(trial: Trial, result: SearchResult, retests: Sequence[BatchResult]) 
     if ratio is None or ratio.low <= 1:
         return f"{trial.name} is not faster than the hand-chosen form beyond noise: {ratio or trial.verdict}"
     unseen: dict[str, Ratio] = {}
+    slower: list[Problem] = []
     for retest in retests:
         for judged in retest.judged:
             if judged.sha256 != trial.sha256:
@@ -54,11 +62,17 @@ def contest(trial: Trial, result: SearchResult, retests: Sequence[BatchResult]) 
                 if again.low <= 1:
                     return f"{trial.name} is not faster in the retest beyond noise: {again}"
                 ratio = again
-            elif again.high < 1 and not _same_form(trial, retest):
-                return f"{trial.name} is slower at {retest.problem.name}, which the search did not see: {again}"
             else:
                 unseen[retest.problem.name] = again
-    return Held(ratio, unseen) if unseen else f"{trial.name} was retested on no shape that the search did not see"
+                if again.high < 1 and not _same_form(trial, retest):
+                    slower.append(retest.problem)
+    if ratio.value < WORTH:
+        return f"{trial.name} is faster by less than {WORTH}, for which no binary is shipped: {ratio}"
+    if not unseen:
+        return f"{trial.name} was retested on no shape that the search did not see"
+    if len(slower) == len(unseen):
+        return f"{trial.name} is slower at every shape that the search did not see, such as {slower[0].name}"
+    return Held(ratio, unseen, tuple(slower))
 
 
 def _same_form(trial: Trial, retest: BatchResult) -> bool:
@@ -92,15 +106,14 @@ def choose(result: SearchResult, retests: Sequence[BatchResult]) -> tuple[Trial 
             f"retest: none of the {len(faster)} forms that were faster in the search of {result.problem.name} was retested on "
             "a shape that the search did not see; allowed: results of `flashcore search retest`"
         )
-    refused = []
-    for trial in contestants:
-        held = contest(trial, result, retests)
-        if isinstance(held, Held):
-            built = _binaries(trial, result)
-            if isinstance(built, dict):
-                return trial, held, built, f"the fastest of {measured} measured forms that holds"
-            held = built
-        refused.append(held)
+    verdicts = [(trial, contest(trial, result, retests)) for trial in contestants]
+    refused = [held for _, held in verdicts if isinstance(held, str)]
+    holding = [(trial, held) for trial, held in verdicts if isinstance(held, Held)]
+    for trial, held in sorted(holding, key=lambda one: bool(one[1].slower)):  # the order of speed stays among equals
+        built = _binaries(trial, result)
+        if isinstance(built, dict):
+            return trial, held, built, f"the fastest of {measured} measured forms that holds"
+        refused.append(built)
     return None, None, {}, "; ".join(refused)
 
 
@@ -185,11 +198,22 @@ def promote(result_path: Path, retest_paths: Sequence[Path], gpu: str | None = N
         words=words,
     )
     _write(entry, result.arch, environment)
+    if trial is not None and held is not None:
+        for slower in held.slower:
+            _write(_hand_chosen(entry, slower, trial.name), result.arch, environment, keep=True)
     return entry
 
 
-def _write(entry: Entry, arch: str, environment: Environment) -> None:
-    """Put an entry into its GPU's table, in place of one of the same problem."""
+def _hand_chosen(entry: Entry, problem: Problem, form: str) -> Entry:
+    """The entry that keeps the hand-chosen form at a shape where a promoted one is slower."""
+    words = f"{form}, promoted for {entry.problem.name}, is slower here: {entry.unseen[problem.name]}"
+    return entry.model_copy(
+        update={"problem": problem, "config": None, "ratio": None, "unseen": {}, "sha256": {}, "words": words}
+    )
+
+
+def _write(entry: Entry, arch: str, environment: Environment, *, keep: bool = False) -> None:
+    """Put an entry into its GPU's table, in place of one of the same problem; keep: leave one that is there."""
     path = tuned.FOLDER / f"{slug(environment.gpu)}.json"
     table = tuned.tables().get(path)
     if table is None:
@@ -200,6 +224,8 @@ def _write(entry: Entry, arch: str, environment: Environment) -> None:
             f"allowed: {table.gpu}, {table.sm_count}, {table.arch}, as {path} says"
         )
     others = [one for one in table.entries if one.place != entry.place]
+    if keep and len(others) < len(table.entries):
+        return
     entries = sorted((*others, entry), key=lambda one: one.place)
     table.model_copy(update={"entries": entries}).save(path)
     tuned.forget()
@@ -233,10 +259,13 @@ def unfounded(entry: Entry, folder: Path) -> str | None:
         _check(result, retests)
     except ArgumentValueError as error:
         return str(error)
+    if entry.config is None:
+        problems = {result.problem.name, *(retest.problem.name for retest in retests)}
+        return (
+            None if entry.problem.name in problems else f"{entry.search} and its retests are of {', '.join(sorted(problems))}"
+        )
     if result.problem != entry.problem:
         return f"{entry.search} is of {result.problem.name}"
-    if entry.config is None:
-        return None
     binary = entry.sha256[entry.problem.dtype]
     trial = next((one for one in result.trials if one.config == entry.config and one.sha256 == binary), None)
     if trial is None:
@@ -244,7 +273,14 @@ def unfounded(entry: Entry, folder: Path) -> str | None:
     held = contest(trial, result, retests)
     if isinstance(held, str):
         return held
-    return None if (held.ratio, held.unseen) == (entry.ratio, entry.unseen) else "its ratios are not its records'"
+    if (held.ratio, held.unseen) != (entry.ratio, entry.unseen):
+        return "its ratios are not its records'"
+    searchable = SEARCHABLE[entry.problem.impl]
+    for problem in held.slower:
+        taken = tuned.find(entry.problem.impl, searchable.spec(problem), result.arch, retests[0].environment.sm_count)
+        if taken is not None and taken.entry == entry:
+            return f"it is taken at {problem.name}, where it is slower: {entry.unseen[problem.name]}"
+    return None
 
 
 def _read(record: type[Record], path: Path) -> Record:

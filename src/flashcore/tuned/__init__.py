@@ -18,7 +18,7 @@ import torch
 from pydantic import ConfigDict, model_validator
 
 from flashcore.errors import ArgumentValueError
-from flashcore.nearness import MAX_DISTANCE, Sizes, distance
+from flashcore.nearness import Sizes, distance
 from flashcore.search.schema import Problem, Strict, Value
 from flashcore.sources import kernel_hash
 from flashcore.spec import AttentionSpec
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from flashcore.search.kernels import Searchable
 
 FOLDER = Path(__file__).parent
+# How far from its problem an entry holds (nearness.distance): retests go as far as 1, a factor of two in work or parallelism,
+# and the next power of two in both is beyond.
+REACH = 1.5
 
 # "half" (fp16 and bf16 take the same configurations) or "fp32"
 Precision = Literal["half", "fp32"]
@@ -185,7 +188,7 @@ def find(impl: str, spec: AttentionSpec, arch: str, sm_count: int) -> Tuned | No
     alike = ready.get((searchable.binding.features(spec), _precision(spec.dtype)), ())
     if not alike or 0 in sizes:
         return None
-    near = [one for one in alike if distance(sizes, one.sizes) <= MAX_DISTANCE]
+    near = [one for one in alike if distance(sizes, one.sizes) <= REACH]
     for one in sorted(near, key=lambda one: distance(sizes, one.sizes)):
         if one.config is None or searchable.form.fits(spec, one.config):
             return one

@@ -17,8 +17,8 @@ from flashcore.tuned import Entry, Table
 from flashcore.verify.cases import Case, MaskCase
 from flashcore.verify.shipped_cases import GIB
 
-# An entry's lengths divided: far enough to be cheap, and near enough to be its own (nearness.MAX_DISTANCE).
-DIVISORS = ((13.0, 1.1), (3.9, 3.9), (1.1, 13.0))
+# An entry's lengths divided: far enough to be cheap, and near enough to be its own (tuned.REACH).
+DIVISORS = ((7.0, 1.1), (2.7, 2.7), (1.1, 7.0))
 # Sizes among which each hand-chosen form is to be met away from the entries: few heads and many, short lengths and long.
 HEADS = (1, 6, 36, 288)
 QUERIES = (33, 197, 577, 1023)
