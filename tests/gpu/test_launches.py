@@ -32,7 +32,7 @@ pytestmark = [
 ]
 # (B, S, H, D): of the small kernel clusters of 1, 2 and 4 blocks, less than a wave of them and several; of the hopper kernel
 # fewer tiles than multiprocessors, and so many that it draws them from a counter where they are causal
-SHAPES = [(4, 128, 8, 64), (1, 512, 8, 64), (4, 260, 24, 64), (1, 1000, 4, 64), (2, 400, 4, 128)]
+SHAPES = [(4, 128, 8, 64), (1, 512, 8, 64), (4, 260, 12, 64), (1, 1000, 4, 64), (2, 400, 4, 128)]
 CALLS, EVERY = 50, 5
 # some 10 ms on the GPU, while which all calls of a chain are queued behind it
 GAP_CYCLES = 20_000_000

@@ -126,6 +126,9 @@ def _train_grid() -> tuple[Shape, ...]:
         _plain(32, 12, 512, 64),  # BERT
         _plain(64, 12, 197, 64),  # ViT-B/16
         Shape(2, 32, 8, 2048, 2048, 128, 128, causal=True),  # Llama 3 8B
+        Shape(1, 32, 32, 4096, 4096, 192, 128, causal=True),  # DeepSeek-V3, a quarter of its heads
+        Shape(2, 16, 8, 2048, 2048, 256, 256, causal=True),  # Gemma 2 9B
+        _plain(4, 8, 4096, 256),
         _plain(1, 8, 512, 64),
     )
 
