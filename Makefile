@@ -49,8 +49,8 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 check: lint $(VENV)/.ready-build
-	$(BIN)/flashcore inspect --arch sm_80,sm_89,sm_90a --gate
-	$(BIN)/flashcore inspect --arch sm_100a,sm_120a --only '*-fp[13]*' --gate
+	$(BIN)/flashcore inspect --arch sm_89,sm_90a --gate
+	$(BIN)/flashcore inspect --arch sm_80,sm_100a,sm_120a --only '*-fp[13]*' --gate
 	$(BIN)/flashcore evidence --check
 
 binaries: $(VENV)/.ready-build

@@ -314,6 +314,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bwd-full": partial(benchmark, "bwd"),
     "fwdbwd-full": partial(benchmark, "fwdbwd"),
     "train-full": partial(benchmark, "train"),
+    "bwd-wide-full": partial(benchmark, "bwd-wide"),
     "launch": launch,
     "ladder-table": ladder,
     "bar-ladder": ladder_bar,

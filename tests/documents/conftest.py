@@ -300,6 +300,7 @@ def record(checkout: Path) -> Callable[[], Path]:
         _artifact(GRIDS["fa-bwd"], "fa-bwd", "bwd").save(folder / "bench-bwd.json")
         _artifact(GRIDS["fa-bwd"], "fa-bwd", "fwdbwd").save(folder / "bench-fwdbwd.json")
         _artifact(GRIDS["train"], "train", "fwdbwd").save(folder / "bench-train.json")
+        _artifact(GRIDS["fa-bwd"][:1], None, "bwd").save(folder / "bench-bwd-wide.json")
         _ladder().save(folder / "ladder.json")
         (folder / "search-small.json").write_text("{}")
         _search_report().save(folder / "search.json")
