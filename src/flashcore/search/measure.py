@@ -1,4 +1,4 @@
-"""Measuring batches on a GPU: `python -m flashcore.search.measure FOLDER...`, or `flashcore search measure`.
+"""Measuring batches on a GPU: `flashcore search measure FOLDER...`.
 
 This process only keeps the books. A child (judge.py) holds the GPU, judges one candidate after another and streams what it
 finds; when a candidate takes it down, that is the candidate's verdict, and a new child goes on with the rest. What was judged
@@ -15,14 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Literal
 
-import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flashcore.errors import ArgumentValueError, BinaryError, FlashCoreError
+from flashcore.errors import ArgumentValueError, BinaryError
 from flashcore.search.batch import read_batch
 from flashcore.search.child import COMMAND, PATIENCE, Child, Limits
 from flashcore.search.schema import Batch, BatchResult, Built, Environment, Judged
@@ -335,31 +334,3 @@ def _summary(result: BatchResult) -> str:
     verdicts = [one.verdict for one in result.judged]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     return f"{counts}; SDPA's backend {result.sdpa_backend or 'none'}; {result.environment.gpu}"
-
-
-def command(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of batches.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where results are written, a file for each batch and visit. Default: where a batch's search has them."
-        ),
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Begin no candidate after so many seconds.")] = None,
-) -> None:
-    """Judge batches of candidates on this machine's GPU: right first, then timed. Goes on where the last visit ended."""
-    run(folders, out, seconds, Console(stderr=True))
-
-
-def main() -> NoReturn:
-    """The command as a module, for machines that have no more than what judging needs."""
-    try:
-        typer.run(command)
-    except FlashCoreError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
-    sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

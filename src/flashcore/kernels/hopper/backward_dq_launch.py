@@ -7,16 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.backward_spec import BackwardSpec
-from flashcore.kernels.arguments import Pointer, TensorMap
-from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig, head_dims_name, padded_head_dims, tile_columns
-from flashcore.kernels.hopper.backward_factors import Factors
+from flashcore.kernels.arguments import Pointer, TensorMap, TensorName
+from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig, head_dims_name, padded_head_dims
+from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
 from flashcore.kernels.hopper.backward_main import needs_band, padded_rows
+from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.hopper.binding import group_heads
 from flashcore.kernels.hopper.config import REGISTERS, WARPGROUP_ROWS
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 
 KERNEL = "hopper_backward_dq"
+_MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dq")
 # The files that a binary is made of.
 SOURCES = tuple(
     f"kernels/hopper/{name}.py"
@@ -80,21 +82,12 @@ def specialise(features: DqFeatures, config: DqConfig | None = None) -> Speciali
         raise ValueError(f"{config.name} does not fit head dims {head_dims}")
     element = TYPE_NAMES[features.dtype]
     consumer_registers, producer_registers = REGISTERS[config.warpgroups]
-    parameters, tails = [], []
-    for tensor in ("q", "do", "k", "v", "dq"):
-        rows = config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS
-        main, tail = tile_columns(head_dims[tensor in ("do", "v")])
-        parameters.append(Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows},{main}]>"))
-        if tail:
-            tails.append(Parameter(f"{tensor}_tail_map", f"tensormap<{element}[1,1,{rows},{tail}]>"))
+    rows = {tensor: config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS for tensor in _MAPS}
+    parameters, tails = map_parameters(element, rows, head_dims)
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
-    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
-    constants: dict[str, int | bool | str | None] = {}
-    if features.softcap:
-        parameters.append(Parameter("cap_scale", "fp32"))
-    else:
-        constants["cap_scale"] = None
+    factors, constants = factor_parameters(softcap=features.softcap)
+    parameters += factors
     parameters += tails
     constants |= {
         "WARPGROUPS": config.warpgroups,

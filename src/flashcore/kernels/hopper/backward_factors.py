@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flashcore.kernels.specialisation import Parameter
 from flashcore.spec import MAX_FACTOR, AttentionSpec
 
 
@@ -28,3 +29,11 @@ class Factors:
         # beyond float32 the cap is reached by any score but 0, as by this
         cap = min(2 * log2_e * call.scale / call.softcap, MAX_FACTOR)
         return cls(lse=-log2_e, exponent=call.softcap * log2_e, cap=cap)
+
+
+def factor_parameters(*, softcap: bool) -> tuple[list[Parameter], dict[str, int | bool | str | None]]:
+    """A kernel's parameters for the factors of scores and results, and the constants in place of those that it has not."""
+    parameters = [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
+    if not softcap:
+        return parameters, {"cap_scale": None}
+    return [*parameters, Parameter("cap_scale", "fp32")], {}

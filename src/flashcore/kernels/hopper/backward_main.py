@@ -9,7 +9,7 @@ import torch
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.backward_config import padded_head_dims
-from flashcore.kernels.hopper.backward_factors import Factors
+from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
@@ -114,12 +114,8 @@ def specialise(features: MainFeatures) -> Specialisation:
     ]
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
-    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
-    constants: dict[str, int | bool | str | None] = {}
-    if features.softcap:
-        parameters.append(Parameter("cap_scale", "fp32"))
-    else:
-        constants["cap_scale"] = None
+    factors, constants = factor_parameters(softcap=features.softcap)
+    parameters += factors
     constants |= {
         "SLOTS": SLOTS,
         "DQ": features.dq,

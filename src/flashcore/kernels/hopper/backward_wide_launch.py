@@ -8,8 +8,10 @@ import torch
 
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorName
-from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig, head_dims_name, padded_head_dims, tile_columns
+from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig, head_dims_name, padded_head_dims
+from flashcore.kernels.hopper.backward_factors import factor_parameters
 from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, needs_band, numbers, tensor_maps
+from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 
@@ -69,21 +71,12 @@ def specialise(features: WideFeatures, config: WideConfig | None = None) -> Spec
         raise ValueError(f"{config.name} does not fit head dims {head_dims}")
     element = TYPE_NAMES[features.dtype]
     consumer_registers, producer_registers = REGISTERS
-    parameters, tails = [], []
-    for tensor in _MAPS:
-        rows = config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS
-        main, tail = tile_columns(head_dims[tensor in ("do", "v", "dv")])
-        parameters.append(Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows},{main}]>"))
-        if tail:
-            tails.append(Parameter(f"{tensor}_tail_map", f"tensormap<{element}[1,1,{rows},{tail}]>"))
+    rows = {tensor: config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS for tensor in _MAPS}
+    parameters, tails = map_parameters(element, rows, head_dims)
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
     parameters += [Parameter(name, "i32") for name in INTEGERS]
-    parameters += [Parameter("exponent_scale", "fp32"), Parameter("scale", "fp32")]
-    constants: dict[str, int | bool | str | None] = {}
-    if features.softcap:
-        parameters.append(Parameter("cap_scale", "fp32"))
-    else:
-        constants["cap_scale"] = None
+    factors, constants = factor_parameters(softcap=features.softcap)
+    parameters += factors
     parameters += tails
     constants |= {
         "SLOTS": config.slots,
