@@ -33,7 +33,7 @@ class _Tile(torch.Tensor):
     """A tensor in registers. Layouts are not modelled."""
 
     @property
-    def type(self) -> SimpleNamespace:  # type: ignore[override]
+    def type(self) -> SimpleNamespace:
         return SimpleNamespace(layout=None)
 
 
@@ -213,7 +213,7 @@ def _aggregate(cls: type) -> type:
         for name, value in zip(names, values, strict=True):
             setattr(self, name, value)
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__
     return cls
 
 
@@ -283,18 +283,18 @@ def _gluon_api(machine: _Machine) -> ModuleType:
     )  # fmt: skip
     gluon = SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f, aggregate=_aggregate)
     module = ModuleType(f"{PACKAGE}.gluon_api")
-    module.gl, module.gluon = gl, gluon  # type: ignore[attr-defined]
-    module.fence_async_shared = lambda: None  # type: ignore[attr-defined]
-    module.mbarrier = SimpleNamespace(  # type: ignore[attr-defined]
+    module.gl, module.gluon = gl, gluon
+    module.fence_async_shared = lambda: None
+    module.mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: mbarriers,
         init=init,
         expect=lambda barrier, num_bytes: barrier.change(1, num_bytes),
         wait=lambda barrier, parity, pred=True: barrier.wait(int(parity)) if pred else None,
     )
-    module.tma = SimpleNamespace(  # type: ignore[attr-defined]
+    module.tma = SimpleNamespace(
         tensor_descriptor=object, async_load=async_load, async_store=async_store, store_wait=lambda pending: None
     )
-    module.warpgroup_mma, module.warpgroup_mma_wait = machine.multiply, machine.wait  # type: ignore[attr-defined]
+    module.warpgroup_mma, module.warpgroup_mma_wait = machine.multiply, machine.wait
     return module
 
 

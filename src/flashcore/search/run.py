@@ -291,8 +291,8 @@ def best_of(result: SearchResult) -> Trial | None:
 
 
 def _best(trials: Iterable[Trial]) -> Trial | None:
-    measured = [trial for trial in trials if trial.judged is not None and trial.judged.ratio is not None]
-    return max(measured, key=lambda trial: trial.judged.ratio, default=None)  # type: ignore[union-attr, arg-type, return-value]
+    measured = [(trial.judged.ratio, trial) for trial in trials if trial.judged is not None and trial.judged.ratio is not None]
+    return max(measured, key=lambda one: one[0])[1] if measured else None
 
 
 def score_of(trials: dict[int, Trial], number: int) -> float:

@@ -36,7 +36,7 @@ _NAME = "search"
 def require_optuna() -> None:
     """Raises UnsupportedError where Optuna is not installed."""
     try:
-        import optuna  # noqa: F401
+        import optuna  # noqa: F401  # asked only whether it is there
     except ImportError:
         raise UnsupportedError("a search needs Optuna, which is not installed: pip install 'flashcore[search]'") from None
 

@@ -141,6 +141,6 @@ def _shipped() -> list[Case]:
         for head_dim, head_dim_v in ((192, 128), (256, 256)):
             exact = Case(name=f"backward-shipped-{name}-d{head_dim}v{head_dim_v}", dtype=dtype, return_lse=False)
             exact = replace(exact, head_dim=head_dim, head_dim_v=head_dim_v, heads_q=4, heads_k=2, seqlen_q=197, seqlen_k=333)
-            causal = replace(exact, name=f"{exact.name}-causal-many", causal=True, **MANY)  # type: ignore[arg-type]
+            causal = replace(exact, name=f"{exact.name}-causal-many", causal=True, **MANY)  # type: ignore[arg-type]  # MANY is of ints
             cases += [exact, replace(exact, name=f"{exact.name}-window", window=(100, 30)), causal]
     return cases
