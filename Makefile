@@ -3,6 +3,7 @@
 #   PYTHON=/path/to/python   the Python to build the environment from; a working torch that it has is used, not replaced
 #   TORCH=cpu                install PyTorch's CPU build into the environment, whatever the machine has
 #   VENV=folder              where the environment goes
+#   ONLY='*-fp[13]*'        of the binaries for sm_90a, check only those with such names
 #   BENCH="--grid small"     options for `flashcore bench`;  TEST="-x -k merge"  options for pytest
 
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= auto
 VENV ?= .venv
 BENCH ?=
+ONLY ?= *
 TEST ?=
 
 BIN := $(VENV)/bin
@@ -48,13 +50,13 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every shipped binary for a GPU that there is evidence of; of the others one arch for each dtype, which is what 15 minutes hold.
+# Every shipped binary for a GPU that there is evidence of, unless ONLY says less; of the others one arch for each dtype.
 check: lint $(VENV)/.ready-build
-	$(BIN)/flashcore inspect --arch sm_90a --gate
+	$(BIN)/flashcore inspect --arch sm_90a --only '$(ONLY)' --gate
 	$(BIN)/flashcore inspect --arch sm_89 --only '*-fp[13]*' --gate
 	$(BIN)/flashcore inspect --arch sm_80 --only '*-bf16*' --gate
 	$(BIN)/flashcore inspect --arch sm_100a,sm_120a --only 'portable_forward-fp[13]*' --gate
-	$(BIN)/flashcore evidence --check
+	$(BIN)/flashcore evidence --check $(if $(filter-out *,$(ONLY)),--only '$(ONLY)')
 
 binaries: $(VENV)/.ready-build
 	$(BIN)/flashcore build

@@ -52,6 +52,11 @@ def test_bad_input_is_one_line_and_exit_2_without_a_traceback() -> None:
     assert done.stderr.splitlines() == [f"error: impl: got 'cudnn'; allowed: {', '.join(map(repr, IMPLS))}"]
 
 
+def test_evidence_narrows_a_check_and_nothing_else() -> None:
+    done = _process("evidence", "--only", "*-fp16*")
+    assert done.returncode == 2 and "only: got '*-fp16*' without --check" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from flashcore.errors import ArgumentValueError
+
 
 def register(app: typer.Typer) -> None:
     """Add `flashcore evidence`."""
@@ -16,11 +18,16 @@ def evidence(
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit 1 if anything is stale or any shipped binary is unproved.")
     ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="With --check: build only what has a name that matches this glob, and say so.")
+    ] = None,
 ) -> None:
     """Remake the evidence's index and the tables in the documents from the recorded runs.
 
     With --check, also build every binary shipped for a GPU that there is evidence of and compare it with what was verified.
     """
+    if only is not None and not check:
+        raise ArgumentValueError(f"only: got {only!r} without --check; allowed: with it")
     from rich.console import Console
 
     from flashcore import tuned
@@ -42,8 +49,8 @@ def evidence(
         elif not path.exists() or path.read_text() != text:
             problems.append(f"{path} is stale: run `flashcore evidence`")
         if check:
-            built = build_with_progress(index.arch)
-            problems += unproved(index, built) + unproved_entries(index, built)
+            built = build_with_progress(index.arch, only or "*")
+            problems += unproved(index, built) + unproved_entries(index, built, whole=only is None)
     if check:
         tables = tuned.tables().items()
         problems += [f"{path}: there is no evidence of {table.gpu}" for path, table in tables if table.gpu not in proved]
@@ -61,4 +68,5 @@ def evidence(
         console.print(problem, style="red", markup=False)
     if problems:
         raise typer.Exit(1)
-    console.print("the evidence holds" if check else "done", style="green")
+    said = "the evidence holds" + (f", of {only} as far as binaries go" if only else "")
+    console.print(said if check else "done", style="green", markup=False)

@@ -169,8 +169,10 @@ def unproved(index: Index, built: BuiltSet) -> list[str]:
     return found
 
 
-def unproved_entries(index: Index, built: BuiltSet) -> list[str]:
+def unproved_entries(index: Index, built: BuiltSet, *, whole: bool = True) -> list[str]:
     """What is wrong with the tuned configurations of the index's GPU, one line each; empty when all are in use and proved.
+
+    whole: all that is shipped has been built, so that what is not there is not shipped.
 
     Raises:
         ArgumentValueError: a table is damaged, or a configuration does not fit.
@@ -191,6 +193,6 @@ def unproved_entries(index: Index, built: BuiltSet) -> list[str]:
             for dtype, sha256 in entry.sha256.items():
                 if sha256 not in index.verified:
                     found.append(f"{name}: its {dtype} binary {sha256} is not among those verified on {index.gpu}")
-                if sha256 not in of_package:
+                if whole and sha256 not in of_package:
                     found.append(f"{name}: its {dtype} binary {sha256} is not among those that are built")
     return found
