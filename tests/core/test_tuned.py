@@ -332,7 +332,7 @@ def test_the_evidence_check_fails_for_what_is_stale_or_unverified(
     monkeypatch.setattr(build, "folders", lambda: [folder])
     monkeypatch.setattr(build, "make_index", lambda folder: _index())
     monkeypatch.setattr(build, "unproved", lambda index, built: [])
-    monkeypatch.setattr(building, "build_with_progress", lambda arch: _built())
+    monkeypatch.setattr(building, "build_with_progress", lambda arch, only: _built())
     monkeypatch.setattr(documents, "render_all", dict)
     table()
     assert run("evidence", "--check")[:2] == (0, "the evidence holds\n")
