@@ -19,6 +19,7 @@ from flashcore.kernels.arguments import Argument, TensorMap, TensorName
 from flashcore.kernels.hopper import backward_binding as binding
 from flashcore.kernels.hopper import backward_dq_launch as dq
 from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
+from flashcore.kernels.hopper.backward_features import BackwardFeatures
 from flashcore.kernels.program import Launch, Program
 from flashcore.kernels.registry import BACKWARDS, KERNELS
 from flashcore.spec import AttentionSpec
@@ -218,7 +219,7 @@ def test_forms_of_the_dq_kernel() -> None:
     assert not DqConfig(2, 64, 1).fits((64, 64))  # no room for the next keys
     assert not DqConfig(2, 128, 3).fits((128, 128))  # 64 KiB of rows and three slots of 64 are 256 KiB of 227
     assert not DqConfig(4, 64, 2).fits((64, 64))  # no registers for it
-    features = dq.DqFeatures(torch.float16, (128, 128), False)
+    features = BackwardFeatures(torch.float16, (128, 128), False)
     with pytest.raises(ValueError, match=r"w2n128k3 does not fit head dims \(128, 128\)"):
         dq.specialise(features, DqConfig(2, 128, 3))
     forms = [

@@ -14,7 +14,9 @@ from flashcore.kernels.arguments import Argument, TensorMap
 from flashcore.kernels.hopper import backward_binding as binding
 from flashcore.kernels.hopper import backward_dq_launch as dq
 from flashcore.kernels.hopper import backward_wide_launch as wide
-from flashcore.kernels.hopper.backward_config import HEAD_DIMS, WIDE_CONFIGS, WideConfig, padded_head_dims, tile_columns
+from flashcore.kernels.hopper.backward_config import HEAD_DIMS, WIDE_CONFIGS, WideConfig
+from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.head_dims import padded_head_dims, tile_columns
 from flashcore.kernels.program import Launch
 from flashcore.spec import MAX_HEAD_DIM, AttentionSpec
 from flashcore.target import SHARED_MEMORY_LIMIT
@@ -45,7 +47,7 @@ def _values(launch: Launch) -> dict[str, Argument]:
     ids=str,
 )
 def test_head_dims_are_padded_together(given: tuple[int, int], padded: tuple[int, int], make_spec: MakeSpec) -> None:
-    assert padded_head_dims(*given) == padded
+    assert padded_head_dims(HEAD_DIMS, *given) == padded
     spec = _backward(make_spec(head_dim=given[0], head_dim_v=given[1]))
     assert binding.reject(spec, "sm_90a", False) is None
     program = binding.program(spec, "sm_90a", 132)
@@ -95,14 +97,14 @@ def test_forms() -> None:
         assert config.fits(head_dims)
     assert not WideConfig(32, 2).fits((256, 256))  # no room for the queries after the next
     assert not WideConfig(64, 3).fits((256, 256))  # 256 KiB of 227
-    features = wide.WideFeatures(torch.float16, (256, 256), False)
+    features = BackwardFeatures(torch.float16, (256, 256), False)
     with pytest.raises(ValueError, match=r"m64k3x2 does not fit head dims \(256, 256\)"):
         wide.specialise(features, WideConfig(64, 3))
 
 
 def test_the_binary_holds_what_is_meant() -> None:
     # with a softcap it has everything that it can have
-    specialisation = wide.specialise(wide.WideFeatures(torch.float16, (256, 256), True, softcap=True))
+    specialisation = wide.specialise(BackwardFeatures(torch.float16, (256, 256), True, softcap=True))
     (outcome,) = compile_all([Request(specialisation, "sm_90a")], jobs=1)
     assert outcome.binary is not None, outcome.error
     code, info = read_machine_code(outcome.binary), outcome.binary.info

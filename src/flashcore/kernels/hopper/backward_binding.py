@@ -13,8 +13,10 @@ from flashcore.kernels.arguments import Pointer
 from flashcore.kernels.hopper import backward_dq_launch as dq
 from flashcore.kernels.hopper import backward_main as main
 from flashcore.kernels.hopper import backward_wide_launch as wide
-from flashcore.kernels.hopper.backward_config import HEAD_DIMS, PREPARED_ELEMENTS, WIDE_CONFIGS, padded_head_dims
+from flashcore.kernels.hopper.backward_config import HEAD_DIMS, PREPARED_ELEMENTS, WIDE_CONFIGS
 from flashcore.kernels.hopper.backward_factors import Factors
+from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.head_dims import padded_head_dims
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.program import Launch, Program, Workspace
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
@@ -76,7 +78,7 @@ def reproducible(spec: BackwardSpec) -> bool:
 
 
 def _head_dims(spec: BackwardSpec) -> tuple[int, int]:
-    return padded_head_dims(spec.call.head_dim, spec.call.head_dim_v)
+    return padded_head_dims(HEAD_DIMS, spec.call.head_dim, spec.call.head_dim_v)
 
 
 def _is_wide(spec: BackwardSpec) -> bool:
@@ -103,13 +105,13 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
             for summed in (False, True)
         ),
         *(
-            wide.specialise(wide.WideFeatures(dtype, head_dims, banded, softcap))
+            wide.specialise(BackwardFeatures(dtype, head_dims, banded, softcap))
             for dtype in DTYPES
             for head_dims in WIDE_CONFIGS
             for banded, softcap in kinds
         ),
         *(
-            dq.specialise(dq.DqFeatures(dtype, head_dims, banded, softcap))
+            dq.specialise(BackwardFeatures(dtype, head_dims, banded, softcap))
             for dtype in DTYPES
             for head_dims in HEAD_DIMS
             for banded, softcap in kinds

@@ -15,23 +15,6 @@ HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 PREPARED_ELEMENTS = 8192
 
 
-def padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """The smallest of HEAD_DIMS that holds a call's."""
-    return next((d, dv) for d, dv in HEAD_DIMS if head_dim <= d and head_dim_v <= dv)
-
-
-def head_dims_name(head_dims: tuple[int, int]) -> str:
-    """A short readable id."""
-    head_dim, head_dim_v = head_dims
-    return f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}v{head_dim_v}"
-
-
-def tile_columns(head_dim: int) -> tuple[int, int]:
-    """(main, tail) columns of the tiles that a head dim is kept in (operand.py); no tail where it is a power of two."""
-    main = 1 << (head_dim.bit_length() - 1)
-    return main, head_dim - main
-
-
 @dataclass(frozen=True, slots=True)
 class DqConfig:
     """`warpgroups` of 64 query rows a tile; blocks of `block_n` keys in a ring of `slots`.

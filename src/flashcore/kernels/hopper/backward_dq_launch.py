@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorMap, TensorName
-from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig, head_dims_name, padded_head_dims
+from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
 from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
-from flashcore.kernels.hopper.backward_main import needs_band, padded_rows
+from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.backward_main import padded_rows
 from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.hopper.binding import group_heads
 from flashcore.kernels.hopper.config import REGISTERS, WARPGROUP_ROWS
@@ -48,29 +45,7 @@ INTEGERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DqFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys, or there is a softcap."""
-
-    dtype: torch.dtype
-    head_dims: tuple[int, int]
-    banded: bool
-    softcap: bool = False
-
-    @classmethod
-    def of(cls, spec: BackwardSpec) -> DqFeatures:
-        call = spec.call
-        head_dims = padded_head_dims(call.head_dim, call.head_dim_v)
-        return cls(call.dtype, head_dims, needs_band(call), call.softcap != 0)
-
-    @property
-    def name(self) -> str:
-        """A short readable id."""
-        cap = "-softcap" if self.softcap else ""
-        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}{cap}"
-
-
-def specialise(features: DqFeatures, config: DqConfig | None = None) -> Specialisation:
+def specialise(features: BackwardFeatures, config: DqConfig | None = None) -> Specialisation:
     """The binary for these features, in the table's form for them unless another is given.
 
     Raises:
@@ -112,7 +87,7 @@ def specialise(features: DqFeatures, config: DqConfig | None = None) -> Speciali
 def launch(spec: BackwardSpec) -> Launch:
     """The launch of a pass: all of dq."""
     call = spec.call
-    features, factors = DqFeatures.of(spec), Factors.of(call)
+    features, factors = BackwardFeatures.of(spec), Factors.of(call)
     config = DQ_CONFIGS[features.head_dims, features.banded]
     first, last = call.attended_keys
     queries = (call.batch, call.heads_q, call.seqlen_q)

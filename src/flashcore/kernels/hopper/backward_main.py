@@ -8,8 +8,10 @@ import torch
 
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
-from flashcore.kernels.hopper.backward_config import padded_head_dims
+from flashcore.kernels.hopper.backward_config import HEAD_DIMS
 from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
+from flashcore.kernels.hopper.backward_features import band_name, needs_band
+from flashcore.kernels.hopper.head_dims import padded_head_dims
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import AttentionSpec
@@ -75,20 +77,14 @@ class MainFeatures:
     @property
     def name(self) -> str:
         """A short readable id."""
-        band = "window" if self.banded else "none"
-        cap = "-softcap" if self.softcap else ""
-        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}{cap}-{'fused' if self.dq else 'dkdv'}"
+        band = band_name(self.banded, self.softcap)
+        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}-{'fused' if self.dq else 'dkdv'}"
 
     @classmethod
     def of(cls, spec: BackwardSpec, *, fused: bool) -> MainFeatures:
         call = spec.call
-        head_dim, _ = padded_head_dims(call.head_dim, call.head_dim_v)
+        head_dim, _ = padded_head_dims(HEAD_DIMS, call.head_dim, call.head_dim_v)
         return cls(call.dtype, head_dim, needs_band(call), fused, call.softcap != 0)
-
-
-def needs_band(call: AttentionSpec) -> bool:
-    """Whether a pass takes binaries that look at the band: those with a softcap all do."""
-    return call.band.lo is not None or call.band.hi is not None or call.softcap != 0
 
 
 def padded_rows(seqlen_q: int) -> int:

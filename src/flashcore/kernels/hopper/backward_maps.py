@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.kernels.arguments import TensorName
-from flashcore.kernels.hopper.backward_config import tile_columns
+from flashcore.kernels.hopper.head_dims import tile_columns
 from flashcore.kernels.specialisation import Parameter
 
 

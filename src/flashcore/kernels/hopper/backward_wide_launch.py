@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorName
-from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig, head_dims_name, padded_head_dims
+from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig
 from flashcore.kernels.hopper.backward_factors import factor_parameters
-from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, needs_band, numbers, tensor_maps
+from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, numbers, tensor_maps
 from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
@@ -37,29 +34,7 @@ SOURCES = tuple(
 _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
 
 
-@dataclass(frozen=True, slots=True)
-class WideFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys, or there is a softcap."""
-
-    dtype: torch.dtype
-    head_dims: tuple[int, int]
-    banded: bool
-    softcap: bool = False
-
-    @classmethod
-    def of(cls, spec: BackwardSpec) -> WideFeatures:
-        call = spec.call
-        head_dims = padded_head_dims(call.head_dim, call.head_dim_v)
-        return cls(call.dtype, head_dims, needs_band(call), call.softcap != 0)
-
-    @property
-    def name(self) -> str:
-        """A short readable id."""
-        cap = "-softcap" if self.softcap else ""
-        return f"{TYPE_NAMES[self.dtype]}-{head_dims_name(self.head_dims)}-{'window' if self.banded else 'none'}{cap}"
-
-
-def specialise(features: WideFeatures, config: WideConfig | None = None) -> Specialisation:
+def specialise(features: BackwardFeatures, config: WideConfig | None = None) -> Specialisation:
     """The binary for these features, in the table's form for them unless another is given.
 
     Raises:
@@ -99,7 +74,7 @@ def specialise(features: WideFeatures, config: WideConfig | None = None) -> Spec
 def launch(spec: BackwardSpec) -> Launch:
     """The launch of a pass: all of dk and dv."""
     call = spec.call
-    features = WideFeatures.of(spec)
+    features = BackwardFeatures.of(spec)
     config = WIDE_CONFIGS[features.head_dims]
     specialisation = specialise(features, config)
     maps = tensor_maps(spec)

@@ -19,6 +19,7 @@ from flashcore.kernels.hopper.config import (
     choose_config,
     configurations,
 )
+from flashcore.kernels.hopper.head_dims import head_dims_name, padded_head_dims, tile_columns
 from flashcore.kernels.hopper.requirements import ARCH, DTYPES, refused
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
 from flashcore.spec import MAX_FACTOR, AttentionSpec
@@ -53,7 +54,7 @@ class Features:
         band: BandKind = "window"
         if spec.band.lo is None and spec.softcap == 0:
             band = "none" if spec.band.hi is None else "causal"
-        return cls(spec.dtype, _padded_head_dims(spec.head_dim, spec.head_dim_v), band, spec.softcap != 0)
+        return cls(spec.dtype, padded_head_dims(HEAD_DIMS, spec.head_dim, spec.head_dim_v), band, spec.softcap != 0)
 
     @property
     def name(self) -> str:
@@ -63,14 +64,7 @@ class Features:
     @property
     def untyped(self) -> str:
         """`name` without the dtype, which no form depends on."""
-        head_dim, head_dim_v = self.head_dims
-        dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}v{head_dim_v}"
-        return "-".join([dims, self.band, *(["softcap"] if self.softcap else [])])
-
-
-def _padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """The smallest of HEAD_DIMS that holds a call's."""
-    return next((d, dv) for d, dv in HEAD_DIMS if head_dim <= d and head_dim_v <= dv)
+        return "-".join([head_dims_name(self.head_dims), self.band, *(["softcap"] if self.softcap else [])])
 
 
 def reject(spec: AttentionSpec, arch: str | None, interpreted: bool) -> str | None:
@@ -140,8 +134,8 @@ def _maps(head_dims: tuple[int, int], config: HopperConfig) -> list[tuple[str, T
     for suffix in ("map", "tail_map"):
         for tensor in tensors:
             head_dim = head_dims[tensor in ("v", "o")]
-            main = 1 << (head_dim.bit_length() - 1)
-            found.append((f"{tensor}_{suffix}", tensor, rows[tensor], main if suffix == "map" else head_dim - main))
+            main, tail = tile_columns(head_dim)
+            found.append((f"{tensor}_{suffix}", tensor, rows[tensor], main if suffix == "map" else tail))
     return found
 
 
