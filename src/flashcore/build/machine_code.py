@@ -27,8 +27,8 @@ _AFTER_WAIT = (
     *("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG"),
     *("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "EXIT"),
 )
-# What setmaxnreg becomes. Where warps have tasks of their own, those of the last group that have none end at once; the block
-# lives on with the others.
+# What setmaxnreg becomes. Where warps have tasks of their own, those of the last group that have none go from one barrier of
+# the compiler's to the next and end with the others, without a wait of their own.
 _SPECIALISED = "USETMAXREG"
 
 
