@@ -95,6 +95,16 @@ def test_a_failing_case_exits_1_and_says_why(monkeypatch: pytest.MonkeyPatch) ->
     assert "0 passed, 1 failed, 0 skipped" in result.output
 
 
+def test_without_a_terminal_a_log_says_how_far_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "LOG_SECONDS", 0.0)
+    wrong = mutations.implementation(mutations.Mutation.ONE_NAN)
+    lines = _invoke(monkeypatch, (wrong,), "--only", "tiny-*").output.splitlines()
+    assert f"{wrong.name}: tiny-seed0 fails: output: not finite everywhere" in "\n".join(lines)
+    assert f"2 of 3 done (0 passed, 2 failed, 0 skipped), at {wrong.name}: tiny-seed42" in lines
+    monkeypatch.setattr(verify, "LOG_SECONDS", 60.0)
+    assert " of 3 done" not in _invoke(monkeypatch, (wrong,), "--only", "tiny-*").output
+
+
 def test_two_kernels_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def rejects_most(case, inputs):
         return None if case.seed == 0 else "takes seed 0 only"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from flashcore.verify.tolerance import Comparison
 
 INTERPRETED_NOTE = "no GPU: the portable kernel runs in Triton's interpreter; this proves the maths, not the binary"
+# Seconds between two lines on how far a run is, where no terminal has a bar.
+LOG_SECONDS = 15.0
 
 
 _STYLES = {"passed": "green", "failed": "red", "skipped": "yellow", "rejected": "dim"}
@@ -137,10 +140,14 @@ def _verify_implementations(console: Console, run: _Run, device: torch.device, r
     _compile_ahead(console, run, target)
     results = []
     with _progress(console) as progress:
-        task = progress.add_task("verify", total=len(run.cases) * len(names))
+        total = len(run.cases) * len(names)
+        task = progress.add_task("verify", total=total)
+        told = time.monotonic()
         for result in run_suite(run.cases, run.implementations, device, run.steps):
             results.append(result)
             progress.update(task, advance=1, description=result.case.name)
+            if not console.is_terminal:
+                told = _log(console, results, total, told)
     backward = ", backward" if run.direction == "bwd" else ""
     _print_results(console, results, names, f"{', '.join(names)} on {target.name}{backward}")
     if record is not None:
@@ -159,6 +166,24 @@ def _verify_implementations(console: Console, run: _Run, device: torch.device, r
         console.print(f"recorded in {record}", highlight=False, markup=False, soft_wrap=True)
     # Fail closed: a run in which nothing passed has proved nothing.
     return any(r.verdict == "passed" for r in results) and all(r.verdict != "failed" for r in results)
+
+
+def _log(console: Console, results: Sequence[CaseResult], total: int, told: float) -> float:
+    """Where there is no terminal: the last result if it failed, and now and then how far the run is.
+
+    So the log of a run that was cut off says what it found. Returns when it was last said how far the run is.
+    """
+    last = results[-1]
+    if last.verdict == "failed":
+        # once more at the end, with what the others did
+        console.print(
+            f"{last.implementation}: {last.case.name} fails: {last.reason}", markup=False, highlight=False, soft_wrap=True
+        )
+    if time.monotonic() - told < LOG_SECONDS:
+        return told
+    line = f"{len(results)} of {total} done ({_counts_text(results)}), at {last.implementation}: {last.case.name}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return time.monotonic()
 
 
 def _compile_ahead(console: Console, run: _Run, target: Target) -> None:
