@@ -17,7 +17,7 @@ from flashcore.sources import kernel_hash
 
 CODE = MachineCode(
     registers=99, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={}, async_copies=0,
-    cluster_barriers=0, before_wait=0,
+    cluster_barriers=0, before_wait=0, lanes_apart=0,
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from flashcore.kernels.specialisation import Specialisation
 
 GOOD = MachineCode(
     registers=128, stack=0, shared=1024, spill_loads=0, spill_stores=0, spills_in_loops=0, matrix={"HMMA": 64}, async_copies=8,
-    cluster_barriers=0, before_wait=0,
+    cluster_barriers=0, before_wait=0, lanes_apart=0,
 )  # fmt: skip
 
 
@@ -231,6 +231,28 @@ def test_only_warps_with_tasks_of_their_own_may_end_before_they_wait(
 def test_a_programmatic_binary_may_access_nothing_and_not_end_before_it_waits() -> None:
     (found,) = violations(HALF, "sm_80", replace(GOOD, before_wait=2))
     assert found == "accesses to memory and exits before griddepcontrol.wait: 2, allowed 0"
+
+
+_DRAW = ("BSSY B1, `(.L_x_1)", "@!P0 BRA `(.L_x_0)", "ATOMG.E.ADD.STRONG.GPU PT, R12, desc[UR6][R2.64], R5")
+
+
+@pytest.mark.parametrize(
+    ("lines", "apart"),
+    [
+        ((*_DRAW, "L_x_0: BSYNC B1", "L_x_1: REDUX.SUM UR8, R12", "EXIT"), 0),
+        # the barrier where they meet is at the loop's end
+        ((*_DRAW, "L_x_0: UIADD3 UR57, UR57, 0x2, URZ", "@P1 BRA `(.L_x_0)", "BSYNC B1", "L_x_1: EXIT"), 1),
+        # of all lanes
+        (("ATOMG.E.ADD.STRONG.GPU PT, R12, desc[UR6][R2.64], R5", "L_x_1: EXIT"), 0),
+        # nothing comes back
+        ((*_DRAW[:2], "REDG.E.ADD.STRONG.GPU desc[UR6][R2.64], R5", "L_x_0: BSYNC B1", "L_x_1: EXIT"), 0),
+    ],
+    ids=["at once", "later", "no branch", "no result"],
+)
+def test_lanes_that_draw_a_number_meet_the_others_at_once(lines: tuple[str, ...], apart: int) -> None:
+    assert control_flow.atomics_that_part_lanes(_sass(*lines)) == apart
+    found = violations(HALF, "sm_80", replace(GOOD, lanes_apart=apart))
+    assert found == (["atomics after which a warp's lanes stay apart: 1, allowed 0"] if apart else [])
 
 
 def test_a_cluster_has_barriers_and_nothing_else_has() -> None:

@@ -219,6 +219,7 @@ def test_their_binaries_are_held_to_hgmma_no_spill_in_loops_and_the_shared_memor
             async_copies=8,
             cluster_barriers=4 if specialisation.cluster > 1 else 0,
             before_wait=0,
+            lanes_apart=0,
         )
         assert violations(specialisation, "sm_90a", good) == []
         for bad in (
@@ -226,6 +227,7 @@ def test_their_binaries_are_held_to_hgmma_no_spill_in_loops_and_the_shared_memor
             {"spill_stores": 1, "spills_in_loops": 1},
             {"shared": limit + 1},
             {"before_wait": 1},
+            {"lanes_apart": 1},
         ):
             assert len(violations(specialisation, "sm_90a", replace(good, **bad))) == 1
 

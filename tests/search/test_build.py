@@ -21,7 +21,7 @@ from flashcore.search.kernels import SEARCHABLE
 from flashcore.search.retest import fastest, make_retests, unseen
 from flashcore.search.schema import Judged, Problem, SearchResult, Trial
 
-GOOD = MachineCode(96, 0, 9000, 0, 0, 0, {"HGMMA": 8}, 6, 0, 0)
+GOOD = MachineCode(96, 0, 9000, 0, 0, 0, {"HGMMA": 8}, 6, 0, 0, 0)
 
 
 class Compiler:

@@ -70,6 +70,26 @@ def opcodes_before(text: str, wait: str) -> Counter[str]:
     return found
 
 
+def atomics_that_part_lanes(text: str) -> int:
+    """How many atomics return a number to some lanes alone, which then do not meet the others again at once.
+
+    ptxas branches around such an atomic, and may leave the lanes apart until some later place, where uniform registers would be
+    computed once for each group of lanes: what a loop counts in one of them then goes wrong.
+
+    Raises:
+        CompileError: the text has a branch to nowhere, so that an atomic might pass unseen.
+    """
+    blocks, edges = _graph(text)
+    found = 0
+    for before, ways in enumerate(edges):
+        # a branch around the block that follows, from which the code goes on where the branch leads to
+        number = before + 1
+        if len(ways) == 2 and ways[1] == number and edges[number] == [ways[0]]:
+            some_lanes = not {"ATOM", "ATOMG"}.isdisjoint(blocks[number].opcodes)
+            found += some_lanes and blocks[ways[0]].opcodes[:1] != ["BSYNC"]
+    return found
+
+
 def _graph(text: str) -> tuple[list[_Block], list[list[int]]]:
     """The code's blocks, and the blocks that each may be followed by."""
     blocks = [_Block()]

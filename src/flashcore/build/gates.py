@@ -70,4 +70,6 @@ def violations(specialisation: Specialisation, arch: str, code: MachineCode) -> 
         found.append(f"cluster barriers: {code.cluster_barriers}, meant none")
     if code.before_wait:
         found.append(f"accesses to memory and exits before griddepcontrol.wait: {code.before_wait}, allowed 0")
+    if code.lanes_apart:
+        found.append(f"atomics after which a warp's lanes stay apart: {code.lanes_apart}, allowed 0")
     return found

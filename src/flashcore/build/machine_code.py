@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from flashcore.build.control_flow import opcodes_before, opcodes_of, opcodes_of_innermost_loops
+from flashcore.build.control_flow import atomics_that_part_lanes, opcodes_before, opcodes_of, opcodes_of_innermost_loops
 from flashcore.errors import CompileError
 from flashcore.runtime.binary import Binary
 
@@ -40,6 +40,7 @@ class MachineCode:
     spill instructions that are in the innermost loops with matrix instructions, where they are paid for each tile of keys.
     `cluster_barriers` are arrivals at barriers of a cluster and waits for them. `before_wait`, of a programmatic binary, are
     the accesses to device memory and the exits that some way through the code comes to before the wait for earlier launches.
+    `lanes_apart` are atomics after which a warp's lanes do not meet at once.
     """
 
     registers: int
@@ -52,6 +53,7 @@ class MachineCode:
     async_copies: int
     cluster_barriers: int
     before_wait: int
+    lanes_apart: int
 
     @property
     def spills(self) -> int:
@@ -139,4 +141,5 @@ def read_machine_code(binary: Binary) -> MachineCode:
         async_copies=counts["LDGSTS"] + counts["UTMALDG"],
         cluster_barriers=counts[_CLUSTER_BARRIER],
         before_wait=sum(early.get(name, 0) for name in _AFTER_WAIT),
+        lanes_apart=atomics_that_part_lanes(text),
     )
