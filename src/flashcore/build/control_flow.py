@@ -73,8 +73,8 @@ def opcodes_before(text: str, wait: str) -> Counter[str]:
 def atomics_that_part_lanes(text: str) -> int:
     """How many atomics return a number to some lanes alone, which then do not meet the others again at once.
 
-    ptxas branches around such an atomic, and may leave the lanes apart until some later place, where uniform registers would be
-    computed once for each group of lanes: what a loop counts in one of them then goes wrong.
+    ptxas branches around such an atomic, and may leave the lanes apart until some later place. On the way there a uniform
+    register would be computed once for each group of lanes, and what a loop counts in it goes wrong (docs/notes/backward.md).
 
     Raises:
         CompileError: the text has a branch to nowhere, so that an atomic might pass unseen.
