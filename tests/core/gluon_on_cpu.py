@@ -1,4 +1,5 @@
-"""Runs a Gluon kernel of the package on the CPU, from its source: a thread for each partition, shared memory as tensors.
+"""Runs a Gluon kernel of the package on the CPU, from its source: a thread for each partition of each block, shared memory as
+tensors. The blocks of a launch run side by side, because some wait for each other.
 
 Triton's interpreter has no Gluon. What this shows is a kernel's maths, its coordinates and its barriers: shared memory begins
 as NaN, barriers count arrivals and bytes, a wait that never ends raises, and a product that was started is computed either
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ from flashcore.kernels.registry import KERNELS
 PACKAGE = "flashcore.kernels.hopper"
 # seconds that a barrier is waited for: then it never completes
 PATIENCE = 20.0
+_counting = threading.Lock()
 # what a null pointer points to
 _ABSENT = torch.empty(0)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -125,6 +128,14 @@ class _Pointer:
     def __add__(self, offset: Any) -> "_Pointer":
         return _Pointer(self.memory, self.offset + offset)
 
+    def add(self, number: int) -> _Tile:
+        """Atomically; returns what was there."""
+        with _counting:
+            place = self.memory.view(-1)[int(self.offset) :][:1]
+            found = _tile(place[0].clone())
+            place += number
+            return found
+
 
 class _Map:
     """A tensor map: what lies outside the tensor is read as 0 and not written."""
@@ -148,12 +159,31 @@ class _Map:
         return tuple(there), tuple(here)
 
 
-class _Machine:
-    """One block: its threads' numbers of warps, and the products that each has under way."""
+def _side_by_side(tasks: list[Callable[[], None]]) -> None:
+    """Run each in a thread of its own; raises what one of them raises."""
+    faults: list[BaseException] = []
 
-    def __init__(self, early: bool) -> None:
+    def work(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as fault:  # raised in the caller's thread
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]
+
+
+class _Machine:
+    """The blocks of a launch: which block a thread is of, its number of warps, and the products that it has under way."""
+
+    def __init__(self, early: bool, programs: int) -> None:
         self.early = early
-        self.program = self.programs = 0
+        self.programs = programs
         self.local = threading.local()
         self.adding = threading.Lock()
 
@@ -161,24 +191,24 @@ class _Machine:
     def warps(self) -> int:
         return getattr(self.local, "warps", 4)
 
+    @property
+    def program(self) -> int:
+        return self.local.program
+
+    def run_blocks(self, block: Callable[[], None]) -> None:
+        def work(program: int) -> None:
+            self.local.program = program
+            block()
+
+        _side_by_side([partial(work, program) for program in range(self.programs)])
+
     def run(self, tasks: list[tuple[Callable, tuple]], warps: list[int]) -> None:
-        faults: list[BaseException] = []
+        def work(program: int, function: Callable, arguments: tuple, count: int) -> None:
+            self.local.program, self.local.warps, self.local.products = program, count, []
+            function(*arguments)
+            assert not self.local.products, "ends with products under way"
 
-        def work(function: Callable, arguments: tuple, count: int) -> None:
-            self.local.warps, self.local.products = count, []
-            try:
-                function(*arguments)
-                assert not self.local.products, "ends with products under way"
-            except BaseException as fault:  # raised in the caller's thread
-                faults.append(fault)
-
-        threads = [threading.Thread(target=work, args=(*task, count)) for task, count in zip(tasks, warps, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if faults:
-            raise faults[0]
+        _side_by_side([partial(work, self.program, *task, count) for task, count in zip(tasks, warps, strict=True)])
 
     def multiply(self, a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> _Product:
         def compute() -> torch.Tensor:
@@ -224,7 +254,7 @@ def _gluon_api(machine: _Machine) -> ModuleType:
     def allocate(dtype: Any, shape: list[int], layout: object) -> _Shared:
         if layout is mbarriers:
             return _Shared([_Barrier() for _ in range(shape[0])])
-        return _Shared(torch.full(shape, math.nan, dtype=dtype))
+        return _Shared(torch.full(shape, math.nan if dtype.is_floating_point else -(2**31), dtype=dtype))
 
     def inline_asm(text: Any, constraints: object = None, arguments: Any = (), *_: object) -> Any:
         if callable(text):
@@ -238,13 +268,25 @@ def _gluon_api(machine: _Machine) -> ModuleType:
             barrier.change(0, -num_bytes)
         elif "mov.u32" in text:
             return arguments[0]
+        elif "atom.global.add" in text or "red.release" in text:
+            (count,) = arguments
+            return count.add(1)
+        elif "ld.acquire" in text:
+            (count,) = arguments
+            return count.add(0)
+        elif "redux" in text:
+            (number,) = arguments
+            return number
         else:
             assert "griddepcontrol" in text, text
         return None
 
-    def load(pointer: _Pointer, mask: torch.Tensor, other: float) -> _Tile:
+    def load(pointer: _Pointer, mask: torch.Tensor, other: float = math.nan, cache_modifier: str = "") -> _Tile:
         found = pointer.memory.flatten()[torch.where(mask, pointer.offset, 0)]
         return _tile(torch.where(mask, found, other))
+
+    def store(pointer: _Pointer, value: int) -> None:
+        pointer.memory.view(-1)[int(pointer.offset)] = value
 
     def atomic_add(pointer: _Pointer, value: torch.Tensor, sem: str) -> None:
         with machine.adding:
@@ -267,10 +309,12 @@ def _gluon_api(machine: _Machine) -> ModuleType:
     gl = SimpleNamespace(
         constexpr=_Constexpr, tensor=object, shared_memory_descriptor=object,
         float32=torch.float32, int32=torch.int32, int64=torch.int64, uint32=torch.int64,
-        allocate_shared_memory=allocate, inline_asm=inline_asm, load=load, atomic_add=atomic_add, static_range=range,
+        allocate_shared_memory=allocate, inline_asm=inline_asm, load=load, store=store, atomic_add=atomic_add, static_range=range,
         program_id=lambda axis: _tile(machine.program), num_programs=lambda axis: _tile(machine.programs),
         num_warps=lambda: machine.warps,
         zeros=lambda shape, dtype, layout: _tile(torch.zeros(shape, dtype=dtype)),
+        full=lambda shape, value, dtype, layout: _tile(torch.full(shape, int(value), dtype=dtype)),
+        max=lambda t, axis: _tile(t.amax(axis)), BlockedLayout=lambda *_: None,
         arange=lambda begin, end, layout: _tile(torch.arange(begin, end)),
         where=lambda c, a, b: _tile(torch.where(torch.as_tensor(c), a, b)),
         minimum=lambda a, b: _tile(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
@@ -332,9 +376,7 @@ def run_on_cpu(launch: Launch, tensors: Mapping[str, torch.Tensor], *, early: bo
             given[parameter.name] = _Pointer(tensors.get(argument.tensor, _ABSENT))
         else:
             given[parameter.name] = argument if isinstance(argument, float) else _tile(argument)
-    machine = _Machine(early)
+    machine = _Machine(early, launch.grid)
     with _sources_over(_gluon_api(machine), kernel.sources):
         function = getattr(importlib.import_module(kernel.module), kernel.function)
-        machine.programs = launch.grid
-        for machine.program in range(launch.grid):
-            function(**given)
+        machine.run_blocks(partial(function, **given))

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 # records where flashcore.debug asks it to. What follows is of backward passes (kernels/program.py). The engine gives no address
 # for any of these in a forward call.
 #
-# delta: sum(do * o) - dlse of each row. row_lse: the log-sum-exp as the kernels want it. dq_sum: float32 partial sums of dq.
+# delta: sum(do * o) - dlse of each row. row_lse: the log-sum-exp as the kernels want it. dq_sum, dkv_sum: float32 sums of dq,
+# and of dk and dv. progress: int32 numbers by which the blocks of a launch share their work.
 TensorName = Literal[
     "q",
     "k",
@@ -30,6 +31,8 @@ TensorName = Literal[
     "delta",
     "row_lse",
     "dq_sum",
+    "dkv_sum",
+    "progress",
 ]
 TENSORS: tuple[TensorName, ...] = get_args(TensorName)
 

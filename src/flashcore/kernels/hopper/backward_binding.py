@@ -27,6 +27,8 @@ FINISH = "hopper_backward_finish"
 KERNELS: tuple[str, ...] = (PREPARE, main.KERNEL, wide.KERNEL, dq.KERNEL, FINISH)
 # Rows and columns of a tile of dq's sums in fragment order.
 FRAGMENT = 64
+# Tiles of rows of a program of the finish kernel, which has little to do for most. A head has a multiple of them.
+FINISH_TILES = 2
 MAX_PROGRAMS = 2**30
 # Without a softcap the log-sum-exp is divided by the scale, and the quotient must be a float32.
 MIN_SCALE = 1e-30
@@ -53,20 +55,33 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
     """The launches of a pass, and what memory they need. Bitwise reproducible where the spec asks for it."""
     if not (spec.dq or spec.dkv):
         return Program(())
-    fused = not reproducible(spec)
     call = spec.call
+    fused = not reproducible(spec)
     heads, rows = call.batch * call.heads_q, main.padded_rows(call.seqlen_q)
-    launches = [_prepare(spec, zero_dq_sum=fused)]
+    shared = main.shared_tiles(spec, sm_count)[0] if fused else 0
+    launches = [_prepare(spec, shared, fused=fused)]
     workspaces = [Workspace("row_lse", (heads, rows), torch.float32), Workspace("delta", (heads, rows), torch.float32)]
+    if _progress_size(spec, fused=fused):
+        workspaces.append(Workspace("progress", (_progress_size(spec, fused=fused),), torch.int32))
     if spec.dkv:
-        launches.append(wide.launch(spec) if _is_wide(spec) else main.launch(spec, fused=fused))
+        launches.append(wide.launch(spec) if _is_wide(spec) else main.launch(spec, sm_count, fused=fused))
     if fused:
-        launches.append(_finish(spec))
-        tiles = (heads, rows // FRAGMENT, _head_dims(spec)[0] // FRAGMENT)
-        workspaces.append(Workspace("dq_sum", (*tiles, FRAGMENT * FRAGMENT), torch.float32))
+        launches.append(_finish(spec, shared))
+        column_tiles = _head_dims(spec)[0] // FRAGMENT
+        tile = (column_tiles, FRAGMENT * FRAGMENT)
+        workspaces.append(Workspace("dq_sum", (heads, rows // FRAGMENT, *tile), torch.float32))
+        workspaces.append(Workspace("dkv_sum", (shared, 4, *tile), torch.float32))
     elif spec.dq:
         launches.append(dq.launch(spec))
     return Program(tuple(launches), tuple(workspaces))
+
+
+def _progress_size(spec: BackwardSpec, *, fused: bool) -> int:
+    """Numbers of the progress that a pass keeps, as backward_shared.py has them."""
+    call = spec.call
+    if fused:
+        return 1 + call.batch * (call.heads_k + call.heads_q * main.padded_rows(call.seqlen_q) // FRAGMENT)
+    return int(spec.dkv and not _is_wide(spec))
 
 
 def reproducible(spec: BackwardSpec) -> bool:
@@ -124,11 +139,17 @@ def _specialise_prepare(dtype: torch.dtype, head_dim: int) -> Specialisation:
     element = TYPE_NAMES[dtype]
     parameters = [Parameter("o_ptr", f"*{element}", 16), Parameter("do_ptr", f"*{element}", 16)]
     parameters += [Parameter(f"{tensor}_ptr", "*fp32") for tensor in ("lse", "dlse")]
-    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
+    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum", "dkv_sum")]
+    parameters.append(Parameter("progress_ptr", "*i32", 16))
     parameters += [Parameter(f"stride_{tensor}{dimension}", "i64", 8) for tensor in ("o", "do") for dimension in "bhs"]
     parameters += [Parameter("heads_q", "i32"), Parameter("seqlen_q", "i32"), Parameter("padded_rows", "i32", FRAGMENT)]
     parameters += [Parameter("head_dim_v", "i32", 8), Parameter("lse_factor", "fp32")]
-    parameters += [Parameter("has_dlse", "i32"), Parameter("zero_dq_sum", "i32")]
+    parameters += [
+        Parameter("has_dlse", "i32"),
+        Parameter("zero_dq_sum", "i32"),
+        Parameter("dkv_sum_tiles", "i32"),
+        Parameter("progress_size", "i32"),
+    ]
     constants = (("BLOCK_DV", head_dim), ("COLUMNS", head_dim), ("ROWS", _prepared_rows(head_dim)))
     return Specialisation(PREPARE, f"{PREPARE}-{element}-d{head_dim}", tuple(parameters), constants, num_warps=4, num_stages=1)
 
@@ -138,14 +159,14 @@ def _prepared_rows(head_dim: int) -> int:
     return PREPARED_ELEMENTS // head_dim
 
 
-def _prepare(spec: BackwardSpec, *, zero_dq_sum: bool) -> Launch:
+def _prepare(spec: BackwardSpec, shared: int, *, fused: bool) -> Launch:
     call = spec.call
     head_dim, rows = _head_dims(spec)[1], main.padded_rows(call.seqlen_q)
     return Launch(
         _specialise_prepare(call.dtype, head_dim),
         call.batch * call.heads_q * (rows // _prepared_rows(head_dim)),
         (
-            *(Pointer(name) for name in ("o", "do", "lse", "dlse", "row_lse", "delta", "dq_sum")),
+            *(Pointer(name) for name in ("o", "do", "lse", "dlse", "row_lse", "delta", "dq_sum", "dkv_sum", "progress")),
             *call.o_strides,
             *spec.do_strides,
             call.heads_q,
@@ -154,35 +175,51 @@ def _prepare(spec: BackwardSpec, *, zero_dq_sum: bool) -> Launch:
             call.head_dim_v,
             Factors.of(call).lse,
             int(spec.dlse),
-            int(zero_dq_sum),
+            int(fused),
+            shared * 4 * (head_dim // FRAGMENT),
+            _progress_size(spec, fused=fused),
         ),
     )
 
 
 def _specialise_finish(dtype: torch.dtype, head_dim: int) -> Specialisation:
     element = TYPE_NAMES[dtype]
-    parameters = [Parameter("dq_sum_ptr", "*fp32", 16), Parameter("dq_ptr", f"*{element}", 16)]
-    parameters += [Parameter(f"stride_{dimension}", "i64", 8) for dimension in "bhs"]
-    parameters += [Parameter("heads_q", "i32"), Parameter("seqlen_q", "i32"), Parameter("padded_rows", "i32", FRAGMENT)]
-    parameters += [Parameter("head_dim", "i32", 8), Parameter("scale", "fp32")]
+    parameters = [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("dq_sum", "dkv_sum")]
+    parameters.append(Parameter("progress_ptr", "*i32", 16))
+    parameters += [Parameter(f"{tensor}_ptr", f"*{element}", 16) for tensor in ("dq", "dk", "dv")]
+    parameters += [Parameter(f"{tensor}_stride_{dimension}", "i64", 8) for tensor in ("dq", "dk", "dv") for dimension in "bhs"]
+    counts = ("heads_q", "heads_k", "kv_heads", "seqlen_q", "seqlen_k", "row_tiles", "query_programs", "first_shared")
+    parameters += [Parameter(name, "i32") for name in counts]
+    parameters += [Parameter("head_dim", "i32", 8), Parameter("head_dim_v", "i32", 8), Parameter("scale", "fp32")]
     name = f"{FINISH}-{element}-d{head_dim}"
-    return Specialisation(FINISH, name, tuple(parameters), (("COLUMNS", head_dim),), num_warps=4, num_stages=1)
+    return Specialisation(
+        FINISH, name, tuple(parameters), (("COLUMNS", head_dim), ("TILES", FINISH_TILES)), num_warps=4, num_stages=1
+    )
 
 
-def _finish(spec: BackwardSpec) -> Launch:
+def _finish(spec: BackwardSpec, shared: int) -> Launch:
     call = spec.call
-    rows = main.padded_rows(call.seqlen_q)
+    row_tiles = main.padded_rows(call.seqlen_q) // FRAGMENT
+    programs = call.batch * call.heads_q * row_tiles // FINISH_TILES
+    kv_heads = call.batch * call.heads_k
     return Launch(
         _specialise_finish(call.dtype, _head_dims(spec)[0]),
-        call.batch * call.heads_q * (rows // FRAGMENT),
+        programs + 4 * shared,
         (
-            Pointer("dq_sum"),
-            Pointer("dq"),
+            *(Pointer(name) for name in ("dq_sum", "dkv_sum", "progress", "dq", "dk", "dv")),
             *spec.dq_strides,
+            *spec.dk_strides,
+            *spec.dv_strides,
             call.heads_q,
+            call.heads_k,
+            kv_heads,
             call.seqlen_q,
-            rows,
+            call.seqlen_k,
+            row_tiles,
+            programs,
+            kv_heads * main.key_tiles(call) - shared,
             call.head_dim,
+            call.head_dim_v,
             call.scale,
         ),
     )

@@ -14,6 +14,7 @@ computes half, over all 128 keys.
 
 from flashcore.kernels.hopper.backward_shared import BackwardShared
 from flashcore.kernels.hopper.backward_softcap import cap_scores, weights_and_slopes
+from flashcore.kernels.hopper.backward_sums import DQ_TILE, add_dkv, add_dq, load_sums
 from flashcore.kernels.hopper.exchange import arrive_together
 from flashcore.kernels.hopper.gluon_api import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from flashcore.kernels.hopper.launches import wait_for_earlier_launch
@@ -21,8 +22,6 @@ from flashcore.kernels.hopper.layouts import accumulator, left_operand
 from flashcore.kernels.hopper.mask import mask_scores
 from flashcore.kernels.hopper.opaque import opaque
 
-# A warpgroup's part of a block's dq: all columns of half of 128 rows, or half the columns of 64 rows.
-DQ_TILE: gl.constexpr = gl.constexpr(64)
 # Rows past the end need no mask: their scores start at -inf.
 NO_END: gl.constexpr = gl.constexpr(2**30)
 
@@ -68,7 +67,8 @@ def _cap_and_mask(s, scores, first_row, last_row, block, masked, past_end):
 
 @gluon.jit
 def _weights(s, scores, slot, past_end):
-    """What dv and ds take of a slot's queries, as left operands: (p^T,), which both take, or with a softcap (p^T, p^T * slope).
+    """What dv and ds take of a slot's queries, as left operands: (p^T,), which both take, or with a softcap (p^T, p^T *
+    slope).
 
     0 for keys past the end.
     """
@@ -106,29 +106,17 @@ def _start_dq(s, WARPGROUP: gl.constexpr, buffer):
 
 
 @gluon.jit
-def _add_dq(s, WARPGROUP: gl.constexpr, dq, number):
-    """Add a warpgroup's part of dq to that of a block, counted through all heads.
-
-    It is kept in the order of the fragments: the four numbers of a thread are neighbours there, and go as one vector.
-    """
-    TILE: gl.constexpr = DQ_TILE * DQ_TILE
-    fragments = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([TILE])
-    tile_ptr = s.dq_sum_ptr + (2 * number + WARPGROUP).to(gl.int64) * TILE
-    offset = gl.arange(0, TILE, layout=fragments.type.layout).to(gl.uint32)
-    gl.atomic_add(tile_ptr + offset, fragments, sem="relaxed")
-
-
-@gluon.jit
 def _step(
-    s, WARPGROUP: gl.constexpr, use, has_next, number, first_row, last_row, next_block, masked, dk, dv, weights, dq, past_end
-):
-    """The gradients of the query block of `use`, of which `weights` are, and the weights of the next.
+    s, WARPGROUP: gl.constexpr, NEXT: gl.constexpr, use, has_next, number, first_row, last_row, next_block, masked, dk, dv,
+    weights, dq, past_end,
+):  # fmt: skip
+    """The gradients of the query block of `use`, of which `weights` are, and with NEXT the weights of the next.
 
     dq is that of the block before and goes to memory while the matrix unit is at dp and dv of this one. With a softcap its
     registers are the weights': it is made and goes to memory within the step, beside the capping of the next block's scores.
-    `number` is that of the block whose dq goes to memory, counted through all heads. Where there is no next block, its weights
-    are of whatever lies in shared memory, and nothing uses them: a step of its own for the last block would take the registers
-    that the loop needs.
+    `number` is that of the block whose dq goes to memory, counted through all heads. Where there is no next block in spite of
+    NEXT, its weights are of whatever lies in shared memory, and nothing uses them: most forms have no registers for a second
+    kind of step.
     """
     slot = use % s.q_ring.SLOTS
     buffer = use % 2
@@ -138,7 +126,7 @@ def _step(
     p = weights[0]
     dv = warpgroup_mma(p, do, dv, is_async=True)
     if s.CARRY_DQ:
-        _add_dq(s, WARPGROUP, dq, number)
+        add_dq(s, WARPGROUP, dq, number)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = (gl.convert_layout(weights[-1], dp.type.layout).to(gl.float32) * dp).to(p.dtype)
     if s.DQ:
@@ -146,19 +134,25 @@ def _step(
         fence_async_shared()
         arrive_together(s.ds_full.index(buffer))
     dk = warpgroup_mma(gl.convert_layout(ds, p.type.layout), q, dk, is_async=True)
-    next_slot = (use + 1) % s.q_ring.SLOTS
-    mbarrier.wait(s.q_ring.full.index(next_slot), ((use + 1) // s.q_ring.SLOTS) & 1, pred=has_next)
-    scores = _start_scores(s, WARPGROUP, next_slot)
-    dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
-    s.q_ring.release(use)
+    if NEXT:
+        next_slot = (use + 1) % s.q_ring.SLOTS
+        mbarrier.wait(s.q_ring.full.index(next_slot), ((use + 1) // s.q_ring.SLOTS) & 1, pred=has_next)
+        scores = _start_scores(s, WARPGROUP, next_slot)
+        dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
+        s.q_ring.release(use)
     if s.DQ:
         mbarrier.wait(s.ds_full.index(buffer), (use // 2) & 1)
         next_dq = _start_dq(s, WARPGROUP, buffer)
-    scores = warpgroup_mma_wait(1 if s.DQ else 0, deps=(scores,))
-    scores = _cap_and_mask(s, scores, first_row, last_row, next_block, masked, past_end)
+    if NEXT:
+        scores = warpgroup_mma_wait(1 if s.DQ else 0, deps=(scores,))
+        scores = _cap_and_mask(s, scores, first_row, last_row, next_block, masked, past_end)
+    else:
+        dk, dv = warpgroup_mma_wait(1 if s.DQ else 0, deps=(dk, dv))
+        s.q_ring.release(use)
     if s.DQ and not s.CARRY_DQ:
-        _add_dq(s, WARPGROUP, warpgroup_mma_wait(0, deps=(next_dq,)), number)
-    weights = _weights(s, scores, next_slot, past_end)
+        add_dq(s, WARPGROUP, warpgroup_mma_wait(0, deps=(next_dq,)), number)
+    if NEXT:
+        weights = _weights(s, scores, next_slot, past_end)
     if s.CARRY_DQ:
         dq = warpgroup_mma_wait(0, deps=(next_dq,))
     return dk, dv, weights, dq
@@ -166,7 +160,8 @@ def _step(
 
 @gluon.jit
 def _store_rows(acc, operand, slot, batch, head, row):
-    """Start copying a gradient to global memory by way of a slot in shared memory."""
+    """Start copying a gradient to global memory by way of a slot in shared memory, once what lay there has been copied."""
+    tma.store_wait(0)
     tile, _ = operand.tile(slot)
     tile.store(acc.to(tile.dtype))
     fence_async_shared()
@@ -174,14 +169,19 @@ def _store_rows(acc, operand, slot, batch, head, row):
 
 
 @gluon.jit
-def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
-    """The gradients of one warpgroup's keys, and its part of dq."""
-    wait_for_earlier_launch()
+def _gradients(s, WARPGROUP: gl.constexpr, use, kv_use, n0, batch, kv_head):
+    """(dk / scale, dv, use): the gradients of a warpgroup's keys of a tile, [64, DIM] each. Its part of dq is added to the
+    sums.
+
+    The tile's query blocks are in `q_ring` from `use` on, which becomes the first of the next tile, its keys and values in
+    `kv_ring` from `kv_use` on. The values' slot is given back.
+    """
     tiles = s.tiles
     ROWS: gl.constexpr = s.k.ROWS
     DIM: gl.constexpr = s.k.DIM
-    n0, batch, kv_head = tiles.locate(gl.program_id(0))
     begin, end = tiles.visited(n0)
+    if s.SHARE_TILES:
+        begin, end = s.announced_blocks()
     key0 = n0 + WARPGROUP * ROWS
     plain_begin, plain_end = tiles.unmasked(key0, ROWS)
     key = key0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(s.rows.BLOCK_M)))
@@ -192,35 +192,109 @@ def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
     dv = gl.zeros([ROWS, DIM], gl.float32, accumulator(DIM))
     dq = gl.zeros([DQ_TILE, DQ_TILE], gl.float32, accumulator(DQ_TILE))
 
-    s.kv_ring.wait(0)
-    first_slot = s.q_ring.wait(0)
+    first_slot = s.q_ring.wait(use)
     scores = warpgroup_mma_wait(0, deps=(_start_scores(s, WARPGROUP, first_slot),))
     scores = _cap_and_mask(s, scores, first_row, last_row, begin, True, past_end)
     weights = _weights(s, scores, first_slot, past_end)
-    s.kv_ring.wait(1)
+    s.kv_ring.wait(kv_use + 1)
     first_number = s.first_head(batch, kv_head) * s.blocks_per_head
-    count = end - begin
     previous = first_number + begin
     for member in range(0, s.heads_per_kv):
-        for i in range(0, count):
-            use = member * count + i
-            block = begin + i
-            next_block = gl.where(i + 1 == count, begin, block + 1)
+        is_last = member + 1 == s.heads_per_kv
+        steps = end
+        if s.OWN_LAST:
+            steps = gl.where(is_last, end - 1, end)
+        for block in range(begin, steps):
+            next_block = gl.where(block + 1 == end, begin, block + 1)
             masked = (next_block < plain_begin) | (next_block >= plain_end)
-            has_next = (i + 1 < count) | (member + 1 < s.heads_per_kv)
+            has_next = (block + 1 < end) | (not is_last) | s.OWN_LAST
             number = previous
             if not s.CARRY_DQ:
                 number = first_number + block
             dk, dv, weights, dq = _step(
-                s, WARPGROUP, use, has_next, number, first_row, last_row, next_block, masked, dk, dv, weights, dq, past_end
+                s,
+                WARPGROUP,
+                True,
+                use,
+                has_next,
+                number,
+                first_row,
+                last_row,
+                next_block,
+                masked,
+                dk,
+                dv,
+                weights,
+                dq,
+                past_end,
             )
+            use += 1
             previous = first_number + block
         first_number += s.blocks_per_head
-    _store_rows(dv, s.dv, WARPGROUP, batch, kv_head, key0)
-    if s.DQ:
-        if s.CARRY_DQ:
-            _add_dq(s, WARPGROUP, dq, previous)
-        # the keys are still read for the other warpgroup's dq, so that dk takes the place of dv
-        tma.store_wait(0)
-    _store_rows(dk * s.scale, s.dk, WARPGROUP, batch, kv_head, key0)
+    if s.OWN_LAST:
+        last = first_number - s.blocks_per_head + end - 1
+        number = previous
+        if not s.CARRY_DQ:
+            number = last
+        dk, dv, weights, dq = _step(
+            s, WARPGROUP, False, use, False, number, first_row, last_row, end, False, dk, dv, weights, dq, past_end
+        )
+        use += 1
+        previous = last
+    s.kv_ring.release(kv_use + 1)
+    if s.CARRY_DQ:
+        add_dq(s, WARPGROUP, dq, previous)
+    return dk, dv, use
+
+
+@gluon.jit
+def _round_rows(s, WARPGROUP: gl.constexpr, number, sums):
+    """Start copying dq = scale * sums of 64 rows, counted through all heads, to global memory."""
+    row_tiles = s.blocks_per_head * (s.rows.BLOCK_M // DQ_TILE)
+    head_of_all = number // row_tiles
+    heads_q = s.tiles.heads_q * s.heads_per_kv
+    batch = head_of_all // heads_q
+    tma.store_wait(0)
+    stage, _ = s.dq.tile(WARPGROUP)
+    for part in gl.static_range(s.k.DIM // DQ_TILE):
+        stage.slice(part * DQ_TILE, DQ_TILE, dim=1).store((sums[part] * s.scale).to(stage.dtype))
+    fence_async_shared()
+    s.dq.store(WARPGROUP, batch, head_of_all - batch * heads_q, (number - head_of_all * row_tiles) * DQ_TILE)
+    gl.store(s.progress.rounded(number), 1)
+
+
+@gluon.jit
+def consume(WARPGROUP: gl.constexpr, s: BackwardShared):
+    """The gradients of one warpgroup's keys, and its part of dq, tile after tile."""
+    wait_for_earlier_launch()
+    use = 0
+    kv_use = 0
+    s.kv_ring.wait(kv_use)
+    n0, batch, kv_head = s.announced_tile()
+    while n0 >= 0:
+        dk, dv, use = _gradients(s, WARPGROUP, use, kv_use, n0, batch, kv_head)
+        key0 = n0 + WARPGROUP * s.k.ROWS
+        slot = -1
+        if s.SHARE_TILES:
+            slot = s.announced_slot()
+        if s.DQ:
+            # on their way while dv and dk are stored
+            first, pairs = s.announced_rows()
+            sums = load_sums(s, first + WARPGROUP, pairs > 0)
+        # which also tells the producer that all has been added to the sums
+        arrive_together(s.kv_ring.empty.index(kv_use % 2))
+        if slot < 0:
+            _store_rows(dv, s.dv, WARPGROUP, batch, kv_head, key0)
+            _store_rows(dk * s.scale, s.dk, WARPGROUP, batch, kv_head, key0)
+        elif s.SHARE_TILES:
+            add_dkv(s, WARPGROUP, slot, dk, dv)
+        if s.DQ:
+            if pairs > 0:
+                _round_rows(s, WARPGROUP, first + WARPGROUP, sums)
+                for pair in range(1, pairs):
+                    number = first + 2 * pair + WARPGROUP
+                    _round_rows(s, WARPGROUP, number, load_sums(s, number, True))
+        kv_use += 2
+        s.kv_ring.wait(kv_use)
+        n0, batch, kv_head = s.announced_tile()
     tma.store_wait(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
-from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
+from flashcore.kernels.hopper.backward_factors import factor_arguments, factor_parameters
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
 from flashcore.kernels.hopper.backward_main import padded_rows
 from flashcore.kernels.hopper.backward_maps import map_parameters
@@ -87,7 +87,7 @@ def specialise(features: BackwardFeatures, config: DqConfig | None = None) -> Sp
 def launch(spec: BackwardSpec) -> Launch:
     """The launch of a pass: all of dq."""
     call = spec.call
-    features, factors = BackwardFeatures.of(spec), Factors.of(call)
+    features = BackwardFeatures.of(spec)
     config = DQ_CONFIGS[features.head_dims, features.banded]
     first, last = call.attended_keys
     queries = (call.batch, call.heads_q, call.seqlen_q)
@@ -117,9 +117,7 @@ def launch(spec: BackwardSpec) -> Launch:
             -call.seqlen_q if call.band.lo is None else max(-call.seqlen_q, call.band.lo - first),
             call.seqlen_k if call.band.hi is None else min(call.seqlen_k, call.band.hi - first),
             group_heads(call),
-            factors.exponent,
-            call.scale,
-            *(() if factors.cap is None else (factors.cap,)),
+            *factor_arguments(call),
             *(maps[p.name.removesuffix("_tail_map")] for p in specialisation.parameters if p.name.endswith("_tail_map")),
         ),
     )

@@ -37,3 +37,9 @@ def factor_parameters(*, softcap: bool) -> tuple[list[Parameter], dict[str, int 
     if not softcap:
         return parameters, {"cap_scale": None}
     return [*parameters, Parameter("cap_scale", "fp32")], {}
+
+
+def factor_arguments(call: AttentionSpec) -> tuple[float, ...]:
+    """What fills factor_parameters."""
+    factors = Factors.of(call)
+    return (factors.exponent, call.scale, *(() if factors.cap is None else (factors.cap,)))

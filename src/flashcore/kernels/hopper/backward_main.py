@@ -9,7 +9,7 @@ import torch
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Argument, Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.backward_config import HEAD_DIMS
-from flashcore.kernels.hopper.backward_factors import Factors, factor_parameters
+from flashcore.kernels.hopper.backward_factors import factor_arguments, factor_parameters
 from flashcore.kernels.hopper.backward_features import band_name, needs_band
 from flashcore.kernels.hopper.head_dims import padded_head_dims
 from flashcore.kernels.program import Launch
@@ -26,6 +26,8 @@ SOURCES = tuple(
         "backward_producer",
         "backward_shared",
         "backward_softcap",
+        "backward_sums",
+        "progress",
         "exchange",
         "gluon_api",
         "launches",
@@ -55,6 +57,18 @@ BLOCK_ROWS = {64: 128, 128: 64}
 WARPGROUP_KEYS = 64
 BLOCK_KEYS = 2 * WARPGROUP_KEYS
 SLOTS = 2
+# Of the forms that sum dq: see backward_shared.py.
+ROUNDING = ("lag", "pairs_per_tile")
+# Of those in which blocks may share tiles.
+SHARING = ("shared_tiles", "sharers")
+# At most so many blocks share a tile, and none takes fewer query blocks of it: what they add to memory costs more than it
+# brings.
+MAX_SHARERS = 4
+MIN_SHARED_BLOCKS = 16
+# Heads whose tiles are taken together, those with the most query rows first, where keys differ in that. Their queries, output
+# gradients and sums of dq are to stay in L2.
+GROUP_BYTES = 32 * 2**20
+_MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
 # setmaxnreg for (consumers, producer)
 REGISTERS = (240, 24)
 # Row numbers and sums of dq are padded to this many rows a head.
@@ -73,6 +87,19 @@ class MainFeatures:
     banded: bool
     dq: bool
     softcap: bool = False
+
+    @property
+    def shares_tiles(self) -> bool:
+        """Whether blocks may share a tile of keys, whose dk and dv they then sum by atomics as dq.
+
+        At head dim 64 a launch has twice as many tiles, so that the last of them cost half as much.
+        """
+        return self.dq and not self.banded and self.head_dim == 128
+
+    @property
+    def own_last(self) -> bool:
+        """Whether the last query block of a tile has a step of its own. It takes registers, which only this form can spare."""
+        return self.head_dim == 64 and not self.banded and self.dtype == torch.float16
 
     @property
     def name(self) -> str:
@@ -104,15 +131,29 @@ def specialise(features: MainFeatures) -> Specialisation:
     element = TYPE_NAMES[features.dtype]
     consumer_registers, producer_registers = REGISTERS
     rows = {"q": BLOCK_ROWS[features.head_dim], "do": BLOCK_ROWS[features.head_dim]}
+    maps = [*_MAPS, *(["dq"] if features.dq else [])]
     parameters = [
         Parameter(f"{tensor}_map", f"tensormap<{element}[1,1,{rows.get(tensor, WARPGROUP_KEYS)},{features.head_dim}]>")
-        for tensor in ("q", "do", "k", "v", "dk", "dv")
+        for tensor in maps
     ]
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta", "dq_sum")]
+    if features.shares_tiles:
+        parameters.append(Parameter("dkv_sum_ptr", "*fp32", 16))
+    parameters.append(Parameter("progress_ptr", "*i32", 16))
     parameters += [Parameter(name, "i32") for name in INTEGERS]
     factors, constants = factor_parameters(softcap=features.softcap)
+    if features.dq:
+        parameters += [Parameter(name, "i32") for name in ROUNDING]
+    else:
+        constants |= dict.fromkeys(("dq_map", *ROUNDING))
+    if features.shares_tiles:
+        parameters += [Parameter(name, "i32") for name in SHARING]
+    else:
+        constants |= dict.fromkeys(("dkv_sum_ptr", *SHARING))
     parameters += factors
     constants |= {
+        "OWN_LAST": features.own_last,
+        "SHARE_TILES": features.shares_tiles,
         "SLOTS": SLOTS,
         "DQ": features.dq,
         "HAS_LO": features.banded,
@@ -148,9 +189,9 @@ def tensor_maps(spec: BackwardSpec) -> dict[TensorName, TensorMap]:
     }
 
 
-def numbers(spec: BackwardSpec, block_rows: int) -> tuple[int | float, ...]:
-    """INTEGERS and the scales of a kernel of dk and dv, whose query blocks have so many rows."""
-    call, factors = spec.call, Factors.of(spec.call)
+def integers(spec: BackwardSpec, block_rows: int, group: int = 1) -> tuple[int, ...]:
+    """INTEGERS of a kernel of dk and dv, whose query blocks have so many rows."""
+    call = spec.call
     return (
         call.batch * call.heads_k,
         call.heads_k,
@@ -163,22 +204,60 @@ def numbers(spec: BackwardSpec, block_rows: int) -> tuple[int | float, ...]:
         # the band from a key's side: attended by rows j - hi to j - lo; limits that exclude nothing, where there are none
         -call.seqlen_k if call.band.hi is None else max(-call.seqlen_k, -call.band.hi),
         call.seqlen_q if call.band.lo is None else min(call.seqlen_q, -call.band.lo),
-        1,
-        factors.exponent,
-        call.scale,
-        *(() if factors.cap is None else (factors.cap,)),
+        group,
     )
 
 
-def launch(spec: BackwardSpec, *, fused: bool) -> Launch:
-    """The launch of a pass: dk and dv, and sums of dq where it is fused."""
+def group_heads(spec: BackwardSpec) -> int:
+    """Heads of keys whose tiles are taken together; one where all tiles are as long."""
     call = spec.call
-    features = MainFeatures.of(spec, fused=fused)
+    if not needs_band(call):
+        return 1
+    bytes_of_row = (call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4
+    fit = GROUP_BYTES // (bytes_of_row * call.seqlen_q * (call.heads_q // call.heads_k))
+    return min(max(fit, 1), call.batch * call.heads_k)
+
+
+def key_tiles(call: AttentionSpec) -> int:
+    """Tiles of a head's keys."""
+    return -(-call.seqlen_k // BLOCK_KEYS)
+
+
+def shared_tiles(spec: BackwardSpec, sm_count: int) -> tuple[int, int]:
+    """(tiles, sharers): how many tiles blocks share, the last, so that all end at about the same time, and how many a tile."""
+    call, features = spec.call, MainFeatures.of(spec, fused=True)
+    last = key_tiles(call) * call.batch * call.heads_k % sm_count
+    if not features.shares_tiles or last == 0:
+        return 0, 1
+    most = min(-(-call.seqlen_q // BLOCK_ROWS[features.head_dim]) // MIN_SHARED_BLOCKS, MAX_SHARERS)
+    # in rounds of whole tiles
+    length = {sharers: -(-last * sharers // sm_count) / sharers for sharers in range(1, most + 1)}
+    sharers = min(length, key=length.__getitem__, default=1)
+    return (last, sharers) if sharers > 1 else (0, 1)
+
+
+def launch(spec: BackwardSpec, sm_count: int, *, fused: bool) -> Launch:
+    """The launch of a pass: dk and dv, and sums of dq where it is fused. One block a multiprocessor, at most one a tile."""
+    call, features, group = spec.call, MainFeatures.of(spec, fused=fused), group_heads(spec)
+    items = key_tiles(call) * call.batch * call.heads_k
+    maps = list(tensor_maps(spec).values())
+    pointers: list[TensorName] = ["row_lse", "delta", "dq_sum"]
+    work: list[int] = []
+    if fused:
+        maps.append(TensorMap("dq", (call.batch, call.heads_q, call.seqlen_q, call.head_dim), (*spec.dq_strides, 1)))
+        pairs = call.heads_q // call.heads_k * padded_rows(call.seqlen_q) // ROW_PADDING
+        # Which rows to round after a tile is decided before it begins, when those of the blocks' tiles before it are reported.
+        work += [2 * sm_count + (group + 1) * key_tiles(call), -(-pairs // key_tiles(call))]
+    if features.shares_tiles:
+        shared, sharers = shared_tiles(spec, sm_count)
+        pointers.append("dkv_sum")
+        work += [shared, sharers]
+        items += shared * (sharers - 1)
     arguments: tuple[Argument, ...] = (
-        *tensor_maps(spec).values(),
-        Pointer("row_lse"),
-        Pointer("delta"),
-        Pointer("dq_sum"),
-        *numbers(spec, BLOCK_ROWS[features.head_dim]),
+        *maps,
+        *(Pointer(name) for name in (*pointers, "progress")),
+        *integers(spec, BLOCK_ROWS[features.head_dim], group),
+        *work,
+        *factor_arguments(call),
     )
-    return Launch(specialise(features), -(-call.seqlen_k // BLOCK_KEYS) * call.batch * call.heads_k, arguments)
+    return Launch(specialise(features), min(sm_count, items), arguments)

@@ -15,15 +15,17 @@ import triton.language as tl
 
 @triton.jit
 def hopper_backward_prepare(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, row_lse_ptr, delta_ptr, dq_sum_ptr,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, row_lse_ptr, delta_ptr, dq_sum_ptr, dkv_sum_ptr, progress_ptr,
     stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
-    heads_q, seqlen_q, padded_rows, head_dim_v, lse_factor, has_dlse, zero_dq_sum,
+    heads_q, seqlen_q, padded_rows, head_dim_v, lse_factor, has_dlse, zero_dq_sum, dkv_sum_tiles, progress_size,
     ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """row_lse and delta of ROWS rows of one head and, where asked to, zeros for their COLUMNS sums of dq.
+    """row_lse and delta of ROWS rows of one head; zeros for their COLUMNS sums of dq, where asked to, and, each program a
+    part, for the sums of dk and dv and for progress.
 
     o and do are (B, H, S, Dv) by their strides, lse and dlse (B, H, S) contiguous; row_lse and delta are (B * H, padded_rows),
-    dq_sum (B * H, padded_rows, COLUMNS), COLUMNS a multiple of 64. `lse_factor` is backward_factors.py's.
+    dq_sum (B * H, padded_rows, COLUMNS), COLUMNS a multiple of 64, dkv_sum dkv_sum_tiles times 4096, progress int32
+    (progress_size), at most 4 a program. `lse_factor` is backward_factors.py's.
     padded_rows is a multiple of ROWS; rows from seqlen_q on are as rows that attended nothing.
     grid = B * H * padded_rows / ROWS.
     """
@@ -34,11 +36,16 @@ def hopper_backward_prepare(
     batch = head_of_all // heads_q
     head = head_of_all - batch * heads_q
     padded = head_of_all.to(tl.int64) * padded_rows + m0
+    counts = program * 4 + tl.arange(0, 4)
+    tl.store(progress_ptr + counts, tl.zeros([4], tl.int32), mask=counts < progress_size)
     # first, because nothing waits for stores, and these would wait for loads before them
     if zero_dq_sum != 0:
         for part in tl.static_range(COLUMNS // 64):
             zeroed = padded * COLUMNS + part * ROWS * 64 + tl.arange(0, ROWS * 64)
             tl.store(dq_sum_ptr + zeroed, tl.zeros([ROWS * 64], tl.float32))
+    for tile in range(program, dkv_sum_tiles, tl.num_programs(0)):
+        zeroed_ptr = dkv_sum_ptr + tl.cast(tile, tl.int64) * 4096
+        tl.store(zeroed_ptr + tl.arange(0, 4096), tl.zeros([4096], tl.float32))
 
     rows = m0 + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_DV)

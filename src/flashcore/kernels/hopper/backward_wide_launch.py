@@ -5,9 +5,9 @@ from __future__ import annotations
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorName
 from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig
-from flashcore.kernels.hopper.backward_factors import factor_parameters
+from flashcore.kernels.hopper.backward_factors import factor_arguments, factor_parameters
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
-from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, numbers, tensor_maps
+from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, integers, tensor_maps
 from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.program import Launch
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
@@ -85,7 +85,8 @@ def launch(spec: BackwardSpec) -> Launch:
             *(maps[tensor] for tensor in _MAPS),
             Pointer("row_lse"),
             Pointer("delta"),
-            *numbers(spec, config.block_m),
+            *integers(spec, config.block_m),
+            *factor_arguments(call),
             *(maps[tensor] for tensor in _MAPS if f"{tensor}_tail_map" in {p.name for p in specialisation.parameters}),
         ),
     )
