@@ -272,8 +272,8 @@ def _gluon_api(machine: _Machine) -> ModuleType:
             (count,) = arguments
             return count.add(1)
         elif "ld.acquire" in text:
-            (count,) = arguments
-            return count.add(0)
+            reported, count = arguments
+            return _tile((reported.add(0) >= count).int())
         elif "redux" in text:
             (number,) = arguments
             return number
@@ -309,7 +309,8 @@ def _gluon_api(machine: _Machine) -> ModuleType:
     gl = SimpleNamespace(
         constexpr=_Constexpr, tensor=object, shared_memory_descriptor=object,
         float32=torch.float32, int32=torch.int32, int64=torch.int64, uint32=torch.int64,
-        allocate_shared_memory=allocate, inline_asm=inline_asm, load=load, store=store, atomic_add=atomic_add, static_range=range,
+        allocate_shared_memory=allocate, inline_asm=inline_asm, load=load, store=store, atomic_add=atomic_add,
+        static_range=range,
         program_id=lambda axis: _tile(machine.program), num_programs=lambda axis: _tile(machine.programs),
         num_warps=lambda: machine.warps,
         zeros=lambda shape, dtype, layout: _tile(torch.zeros(shape, dtype=dtype)),

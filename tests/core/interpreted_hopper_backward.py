@@ -65,9 +65,11 @@ def _pass(
     _heads_first(do, spec)[lse == -math.inf] = math.nan
     tensors: dict[TensorName, torch.Tensor | None] = dict.fromkeys(TENSORS)
     tensors |= {"q": q, "o": o, "do": do, "lse": lse, "dlse": torch.randn_like(lse) if dlse else None}
-    tensors["dq"] = torch.full_like(q, math.nan)
+    for name, like in (("dq", q), ("dk", q), ("dv", o)):
+        tensors[name] = torch.full_like(like, math.nan)
     for workspace in program.workspaces:
-        tensors[workspace.tensor] = torch.full(workspace.shape, math.nan, dtype=workspace.dtype)
+        undefined = math.nan if workspace.dtype.is_floating_point else 7
+        tensors[workspace.tensor] = torch.full(workspace.shape, undefined, dtype=workspace.dtype)
     return spec, program, tensors
 
 
@@ -99,6 +101,7 @@ def test_row_numbers(case: dict) -> None:
         assert found.shape[1] % 128 == 0 and found[:, seqlen:].eq(absent).all()
     sums = tensors["dq_sum"]
     assert (sums is None) == (case in WIDE.values()) and (sums is None or sums.eq(0).all())
+    assert sums is None or tensors["progress"].eq(0).all()
 
 
 def test_sums_that_no_kernel_adds_to_are_not_touched() -> None:
@@ -109,34 +112,70 @@ def test_sums_that_no_kernel_adds_to_are_not_touched() -> None:
     assert tensors["delta"].isfinite().all() and tensors["dq_sum"].isnan().all()
 
 
+def _in_fragments(whole: torch.Tensor, sums: torch.Tensor) -> None:
+    """Lay (..., 64 row tiles, 64 column tiles) out as (..., row tiles, column tiles, 4096): a number where thread
+    4 * (row % 8) + column % 8 // 2 of warp row // 16 holds it in a wgmma accumulator, four numbers a thread."""
+    row, column = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    place = (((column // 8 * 4 + row // 16) * 8 + row % 8) * 4 + column % 8 // 2) * 4 + row // 8 % 2 * 2 + column % 2
+    assert place.flatten().sort().values.equal(torch.arange(4096))
+    for i in range(sums.shape[-3]):
+        for j in range(sums.shape[-2]):
+            sums[..., i, j, place.flatten()] = whole[..., 64 * i : 64 * (i + 1), 64 * j : 64 * (j + 1)].flatten(-2)
+
+
+def _whole_numbers(*shape: int) -> torch.Tensor:
+    """Exact in every dtype, because the interpreter cuts bfloat16 off and does not round it."""
+    return torch.randint(-128, 129, shape).float()
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_sums_in_fragment_order_become_dq(case: dict) -> None:
     spec, program, tensors = _pass(**case)
     sums = tensors["dq_sum"]
     heads, row_tiles, column_tiles, _ = sums.shape
-    # exact in every dtype, because the interpreter cuts bfloat16 off and does not round it
-    whole = torch.randint(-128, 129, (heads, 64 * row_tiles, 64 * column_tiles)).float()
-    row, column = torch.arange(64)[:, None], torch.arange(64)[None, :]
-    # where thread 4 * (row % 8) + column % 8 // 2 of warp row // 16 holds it in a wgmma accumulator, four numbers a thread
-    place = (((column // 8 * 4 + row // 16) * 8 + row % 8) * 4 + column % 8 // 2) * 4 + row // 8 % 2 * 2 + column % 2
-    assert place.flatten().sort().values.equal(torch.arange(4096))
-    for i in range(row_tiles):
-        for j in range(column_tiles):
-            sums[:, i, j, place.flatten()] = whole[:, 64 * i : 64 * (i + 1), 64 * j : 64 * (j + 1)].flatten(1)
+    whole = _whole_numbers(heads, 64 * row_tiles, 64 * column_tiles)
+    _in_fragments(whole, sums)
+    # what the kernel before has rounded is left as it is: here every third 64 rows
+    kv_heads = spec.call.batch * spec.call.heads_k
+    tensors["progress"].zero_()
+    tensors["progress"][1 + kv_heads :: 3] = 1
     _run(program, binding.FINISH, tensors)
-    call, dq = spec.call, _heads_first(tensors["dq"], spec)
+    call, dq = spec.call, _heads_first(tensors["dq"], spec).flatten(0, 1)
     expected = (whole * call.scale).to(call.dtype)[:, : call.seqlen_q, : call.head_dim]
-    assert torch.equal(dq.flatten(0, 1), expected)
+    rounded = tensors["progress"][1 + kv_heads :].view(heads, row_tiles).repeat_interleave(64, 1)[:, : call.seqlen_q] != 0
+    assert rounded.any() and dq[rounded].isnan().all()
+    assert torch.equal(dq[~rounded], expected[~rounded])
+
+
+@pytest.mark.parametrize("case", [{"seqlen": 197, "dim": 128}, {"seqlen": 128, "dim": 104, "dim_v": 72}], ids=str)
+def test_sums_of_shared_keys_become_dk_and_dv(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding.main, "shared_tiles", lambda spec, sm_count: (3, 2))
+    spec, program, tensors = _pass(**case)
+    call, sums = spec.call, tensors["dkv_sum"]
+    # (tile, warpgroup, dk or dv, columns)
+    whole = _whole_numbers(3, 2, 2, 64, 128)
+    _in_fragments(whole, sums.view(3, 2, 2, 1, 2, 4096))
+    tensors["progress"].fill_(1)
+    _run(program, binding.FINISH, tensors)
+    tiles = -(-call.seqlen_k // 128)
+    for name, factor, head_dim in (("dk", call.scale, call.head_dim), ("dv", 1.0, call.head_dim_v)):
+        rows = whole[:, :, ("dk", "dv").index(name)].flatten(1, 2)[..., :head_dim]
+        expected = torch.full((6 * tiles, 128, head_dim), math.nan, dtype=call.dtype)
+        expected[-3:] = (rows * factor).to(call.dtype)
+        expected = expected.view(6, 128 * tiles, head_dim)[:, : call.seqlen_k]
+        found = _heads_first(tensors[name], spec).flatten(0, 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_neither_writes_beside_its_tensors() -> None:
     _, program, tensors = _pass(197, dim=72)
-    for name in ("row_lse", "delta", "dq_sum", "dq"):
+    names = ("row_lse", "delta", "dq_sum", "progress", "dq")
+    for name in names:
         tensors[name] = _guarded(tensors[name])
     program = replace(program, launches=(program.launches[0], program.launches[-1]))
     for launch in program.launches:
         interpret(launch.specialisation, launch.grid, launch.arguments, tensors)
-    for name in ("row_lse", "delta", "dq_sum", "dq"):
+    for name in names:
         t = tensors[name]
         behind = torch.as_strided(t, (256,), (1,), t.numel())
         assert behind.eq(7).all(), name
@@ -145,7 +184,7 @@ def test_neither_writes_beside_its_tensors() -> None:
 
 def _guarded(t: torch.Tensor) -> torch.Tensor:
     """The same with 256 sevens behind it."""
-    storage = torch.full((t.numel() + 256,), 7.0, dtype=t.dtype)
+    storage = torch.full((t.numel() + 256,), 7, dtype=t.dtype)
     found = storage[: t.numel()].view(t.shape)
     found.copy_(t)
     return found

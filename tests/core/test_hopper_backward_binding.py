@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flashcore.build.pool import Request, compile_all
 from flashcore.kernels.arguments import Argument, TensorMap, TensorName
 from flashcore.kernels.hopper import backward_binding as binding
 from flashcore.kernels.hopper import backward_dq_launch as dq
+from flashcore.kernels.hopper import backward_main as main
 from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
 from flashcore.kernels.program import Launch, Program
@@ -64,13 +66,18 @@ def test_the_launches_are_those_that_the_wanted_gradients_need(
     program = _program(spec)
     assert tuple(launch.specialisation.kernel for launch in program.launches) == kernels
     assert binding.reproducible(spec) == reproducible
-    # dq's sums are there, and zeroed, just where something adds to them and something reads them
+    # sums are there, and zeroed, just where something adds to them and something reads them; numbers of progress where tiles
+    # are drawn
     names = {workspace.tensor for workspace in program.workspaces}
-    assert names == ({"row_lse", "delta"} if kernels else set()) | ({"dq_sum"} if FINISH in kernels else set())
+    expected = {"row_lse", "delta"} if kernels else set()
+    expected |= {"progress"} if MAIN in kernels else set()
+    assert names == expected | ({"dq_sum", "dkv_sum"} if FINISH in kernels else set())
     for launch in program.launches:
         values = _values(launch)
         if launch.specialisation.kernel == PREPARE:
             assert values["zero_dq_sum"] == (FINISH in kernels)
+            sizes = {workspace.tensor: workspace.shape[0] for workspace in program.workspaces}
+            assert values["progress_size"] == sizes.get("progress", 0)
         if launch.specialisation.kernel == MAIN:
             assert dict(launch.specialisation.constants)["DQ"] == (FINISH in kernels)
 
@@ -90,19 +97,62 @@ def test_workspaces_and_grids(call: dict, rows: int, columns: int, make_spec: Ma
     program = _program(spec)
     heads = 2 * call.get("heads_q", 4)
     shapes = {workspace.tensor: workspace.shape for workspace in program.workspaces}
-    fragments = (heads, rows // 64, columns // 64, 4096)
-    assert shapes == {"row_lse": (heads, rows), "delta": (heads, rows), "dq_sum": fragments}
-    assert {workspace.dtype for workspace in program.workspaces} == {torch.float32}
-    assert program.workspace_bytes == 4 * heads * rows * (columns + 2)
-    prepare, _, finish = program.launches
+    kv_heads, progress = 2 * spec.call.heads_k, 1 + 2 * spec.call.heads_k + heads * rows // 64
+    assert shapes == {
+        "row_lse": (heads, rows),
+        "delta": (heads, rows),
+        "dq_sum": (heads, rows // 64, columns // 64, 4096),
+        "dkv_sum": (0, 4, columns // 64, 4096),
+        "progress": (progress,),
+    }
+    dtypes = {workspace.tensor: workspace.dtype for workspace in program.workspaces}
+    assert all(dtype == (torch.int32 if name == "progress" else torch.float32) for name, dtype in dtypes.items())
+    assert program.workspace_bytes == 4 * (heads * rows * (columns + 2) + progress)
+    prepare, launch, finish = program.launches
+    assert launch.grid == min(132, kv_heads * -(-spec.call.seqlen_k // 128))
+    # every program of the first launch zeroes four numbers of progress
+    assert 4 * prepare.grid >= progress
     constants = dict(prepare.specialisation.constants)
     # every row once, and memory of every row
     assert prepare.grid * constants["ROWS"] == heads * rows and constants["COLUMNS"] == columns
-    assert finish.grid * 64 == heads * rows and dict(finish.specialisation.constants)["COLUMNS"] == columns
-    assert _values(prepare)["padded_rows"] == _values(finish)["padded_rows"] == rows
+    constants = dict(finish.specialisation.constants)
+    assert finish.grid * constants["TILES"] * 64 == heads * rows and constants["COLUMNS"] == columns
+    assert _values(prepare)["padded_rows"] == 64 * _values(finish)["row_tiles"] == rows
     by_itself = _program(replace(spec, deterministic=True)).launches[-1]
     height = DQ_CONFIGS[(columns, columns), False].block_m
     assert by_itself.grid == heads * -(-spec.call.seqlen_q // height) and _values(by_itself)["padded_rows"] == rows
+
+
+def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: MakeSpec) -> None:
+    def shared(heads: int, seqlen: int, head_dim: int = 128, **options: Any) -> tuple[int, int]:
+        spec = _backward(make_spec(1, heads, heads, seqlen, seqlen, head_dim, head_dim, **options))
+        return main.shared_tiles(spec, 132)
+
+    # 2048 tiles: 15 rounds, and 68 tiles that three blocks each do in two thirds of a round
+    assert shared(16, 16384) == (68, 3)
+    assert shared(16, 16384, causal=True) == (0, 1)
+    assert shared(16, 16384, 64) == (0, 1)
+    # a part would have fewer than 16 blocks of 64 rows
+    assert shared(256, 1024) == (0, 1)
+    # whole rounds
+    assert shared(33, 512) == (0, 1) == shared(132, 2048)
+    spec = _backward(make_spec(1, 16, 16, 16384, 16384, 128, 128))
+    prepare, launch, finish = _program(spec).launches
+    assert _values(launch)["shared_tiles"] == 68 and _values(launch)["sharers"] == 3
+    assert _values(prepare)["dkv_sum_tiles"] == 68 * 4 * 2
+    assert _values(finish)["first_shared"] == 2048 - 68 and finish.grid == _values(finish)["query_programs"] + 4 * 68
+
+
+def test_heads_are_taken_together_as_l2_has_room(make_spec: MakeSpec) -> None:
+    def group(heads_q: int, heads_k: int, seqlen: int, **options: Any) -> int:
+        return main.group_heads(_backward(make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)))
+
+    # queries and gradients in 2 bytes, sums in 4: a kilobyte a row
+    assert group(16, 16, 4096, causal=True) == 8
+    assert group(16, 4, 4096, causal=True) == 2
+    assert group(16, 16, 65536, causal=True) == 1
+    assert group(2, 2, 128, causal=True) == 8
+    assert group(16, 16, 4096) == 1
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -116,7 +166,10 @@ def test_numbers_of_a_pass(layout: str, make_spec: MakeSpec) -> None:
     assert tuple(values[f"stride_do{d}"] for d in "bhs") == spec.do_strides
     values = _values(finish)
     assert (values["scale"], values["seqlen_q"], values["head_dim"], values["heads_q"]) == (0.25, 100, 72, 4)
-    assert tuple(values[f"stride_{d}"] for d in "bhs") == spec.dq_strides
+    assert tuple(values[f"dq_stride_{d}"] for d in "bhs") == spec.dq_strides
+    assert tuple(values[f"dk_stride_{d}"] for d in "bhs") == spec.dk_strides
+    assert tuple(values[f"dv_stride_{d}"] for d in "bhs") == spec.dv_strides
+    assert (values["heads_k"], values["kv_heads"], values["seqlen_k"], values["head_dim_v"]) == (2, 4, 200, 104)
     values = _values(_program(replace(spec, deterministic=True)).launches[-1])
     expected: dict[str, tuple[TensorName, tuple[int, ...], tuple[int, ...]]] = {
         "q_map": ("q", (2, 4, 100, 72), call.q_strides),

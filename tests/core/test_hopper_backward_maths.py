@@ -10,6 +10,7 @@ import torch
 
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.hopper import backward_binding as binding
+from flashcore.kernels.hopper import backward_main as main
 from flashcore.kernels.hopper.backward_factors import Factors
 from flashcore.kernels.program import Launch, Program, Workspace
 from flashcore.spec import AttentionSpec, Options
@@ -47,6 +48,33 @@ def test_gradients_of_wide_heads(head_dims: tuple[int, int], case: dict[str, Any
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients(head_dim: int, case: dict[str, Any], deterministic: bool) -> None:
     assert _worst_error((head_dim, head_dim), early=False, deterministic=deterministic, **case) < 4
+
+
+MANY_TILES: dict[str, dict[str, Any]] = {
+    "heads": {"lengths": (130, 100), "heads": (13, 13)},
+    "causal heads": {"lengths": (130, 100), "heads": (26, 13), "causal": True},
+    "a window": {"lengths": (100, 130), "heads": (13, 13), "window": (50, 20)},
+    "shared keys": {"lengths": (2100, 100), "heads": (4, 4)},
+}
+
+
+@pytest.mark.parametrize("case", MANY_TILES.values(), ids=MANY_TILES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_that_take_many_tiles(head_dim: int, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks: they draw tiles, round what earlier ones have summed, and share the keys of the last."""
+    run, rounded, shared = gluon_on_cpu.run_on_cpu, [], []
+
+    def observe(launch: Launch, tensors: dict[str, torch.Tensor], *, early: bool) -> None:
+        run(launch, tensors, early=early)
+        rounded.append(tensors["progress"][1 + case["heads"][1] :].count_nonzero().item())
+        shared.append(tensors["dkv_sum"].count_nonzero().item())
+
+    monkeypatch.setattr(gluon_on_cpu, "run_on_cpu", observe)
+    # one head after the other, so that some are done long before the last
+    monkeypatch.setattr(main, "GROUP_BYTES", 0)
+    assert _worst_error((head_dim, head_dim), early=False, deterministic=False, **case) < 4
+    assert (rounded[0] > 0) == (case["heads"][1] == 13)
+    assert (shared[0] > 0) == (case is MANY_TILES["shared keys"] and head_dim == 128)
 
 
 @pytest.mark.parametrize("head_dims", [(40, 72), (160, 104), (200, 136)], ids=str)
