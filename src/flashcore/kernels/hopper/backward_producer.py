@@ -72,11 +72,11 @@ def produce(s: BackwardShared):
     BLOCK_M: gl.constexpr = s.rows.BLOCK_M
     use = 0
     kv_use = 0
-    drawn = start_draw(s.progress.drawn())
     item = gl.program_id(0)
     added = -1
     tile, begin, end, slot = _part(s, item)
     while tile >= 0:
+        drawn = start_draw(s.progress.drawn())
         n0, batch, kv_head = s.tiles.locate(s.in_order(tile))
         first_head = s.first_head(batch, kv_head)
         first, pairs = _rows_to_round(s, tile)
@@ -114,7 +114,6 @@ def produce(s: BackwardShared):
                 added = batch * s.tiles.heads_q + kv_head
         kv_use += 2
         item = gl.num_programs(0) + finish_draw(drawn)
-        drawn = start_draw(s.progress.drawn())
         tile, begin, end, slot = _part(s, item)
     keys = s.kv_ring.reserve(kv_use)
     s.announce_tile(-1, 0, 0, 0, 0, 0, 0, 0)
