@@ -145,13 +145,16 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
 
 def test_heads_are_taken_together_as_l2_has_room(make_spec: MakeSpec) -> None:
     def group(heads_q: int, heads_k: int, seqlen: int, **options: Any) -> int:
-        return main.group_heads(_backward(make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)))
+        return main.group_heads(_backward(make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)), 132)
 
     # queries and gradients in 2 bytes, sums in 4: a kilobyte a row
     assert group(16, 16, 4096, causal=True) == 8
     assert group(16, 4, 4096, causal=True) == 2
     assert group(16, 16, 65536, causal=True) == 1
     assert group(2, 2, 128, causal=True) == 8
+    # no group has fewer tiles than there are blocks: 32 heads of 16 tiles, of which 4 would fit, in three groups
+    assert group(32, 8, 2048, causal=True) == 11
+    assert group(16, 2, 4096, causal=True) == 8
     assert group(16, 16, 4096) == 1
 
 

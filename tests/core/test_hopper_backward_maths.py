@@ -71,7 +71,7 @@ def test_blocks_that_take_many_tiles(head_dim: int, case: dict[str, Any], monkey
 
     monkeypatch.setattr(gluon_on_cpu, "run_on_cpu", observe)
     # one head after the other, so that some are done long before the last
-    monkeypatch.setattr(main, "GROUP_BYTES", 0)
+    monkeypatch.setattr(main, "GROUP_BYTES", 1)
     assert _worst_error((head_dim, head_dim), early=False, deterministic=False, **case) < 4
     assert (rounded[0] > 0) == (case["heads"][1] == 13)
     assert (shared[0] > 0) == (case is MANY_TILES["shared keys"] and head_dim == 128)

@@ -66,7 +66,8 @@ SHARING = ("shared_tiles", "sharers")
 MAX_SHARERS = 4
 MIN_SHARED_BLOCKS = 16
 # Heads whose tiles are taken together, those with the most query rows first, where keys differ in that. Their queries, output
-# gradients and sums of dq are to stay in L2.
+# gradients and sums of dq are to stay in L2; but a group is no smaller than that every block has a tile of it, because the last
+# group begins with long tiles.
 GROUP_BYTES = 32 * 2**20
 _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
 # setmaxnreg for (consumers, producer)
@@ -208,14 +209,16 @@ def integers(spec: BackwardSpec, block_rows: int, group: int = 1) -> tuple[int, 
     )
 
 
-def group_heads(spec: BackwardSpec) -> int:
+def group_heads(spec: BackwardSpec, sm_count: int) -> int:
     """Heads of keys whose tiles are taken together; one where all tiles are as long."""
     call = spec.call
     if not needs_band(call):
         return 1
+    heads = call.batch * call.heads_k
     bytes_of_row = (call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4
-    fit = GROUP_BYTES // (bytes_of_row * call.seqlen_q * (call.heads_q // call.heads_k))
-    return min(max(fit, 1), call.batch * call.heads_k)
+    bytes_of_all = bytes_of_row * call.seqlen_q * call.batch * call.heads_q
+    groups = min(-(-bytes_of_all // GROUP_BYTES), heads // -(-sm_count // key_tiles(call)))
+    return -(-heads // max(groups, 1))
 
 
 def key_tiles(call: AttentionSpec) -> int:
@@ -238,7 +241,7 @@ def shared_tiles(spec: BackwardSpec, sm_count: int) -> tuple[int, int]:
 
 def launch(spec: BackwardSpec, sm_count: int, *, fused: bool) -> Launch:
     """The launch of a pass: dk and dv, and sums of dq where it is fused. One block a multiprocessor, at most one a tile."""
-    call, features, group = spec.call, MainFeatures.of(spec, fused=fused), group_heads(spec)
+    call, features, group = spec.call, MainFeatures.of(spec, fused=fused), group_heads(spec, sm_count)
     items = key_tiles(call) * call.batch * call.heads_k
     maps = list(tensor_maps(spec).values())
     pointers: list[TensorName] = ["row_lse", "delta", "dq_sum"]
