@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -202,6 +203,19 @@ class _Machine:
 
         _side_by_side([partial(work, program) for program in range(self.programs)])
 
+    def poll(self, reported: _Pointer, count: int) -> _Tile:
+        """Whether so many have reported; who keeps asking the same in vain hangs."""
+        asked = (int(reported.offset), count)
+        if reported.add(0) >= count:
+            self.local.asked = None
+            return _tile(1)
+        last, since = getattr(self.local, "asked", None) or (asked, time.monotonic())
+        self.local.asked = asked, (since if last == asked else time.monotonic())
+        if last == asked and time.monotonic() - since > PATIENCE:
+            raise TimeoutError(f"count {asked[0]} never reaches {count}: this hangs")
+        time.sleep(0)
+        return _tile(0)
+
     def run(self, tasks: list[tuple[Callable, tuple]], warps: list[int]) -> None:
         def work(program: int, function: Callable, arguments: tuple, count: int) -> None:
             self.local.program, self.local.warps, self.local.products = program, count, []
@@ -273,7 +287,7 @@ def _gluon_api(machine: _Machine) -> ModuleType:
             return count.add(1)
         elif "ld.acquire" in text:
             reported, count = arguments
-            return _tile((reported.add(0) >= count).int())
+            return machine.poll(reported, int(count))
         elif "redux" in text:
             (number,) = arguments
             return number

@@ -144,17 +144,23 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
 
 
 def test_heads_are_taken_together_as_l2_has_room(make_spec: MakeSpec) -> None:
-    def group(heads_q: int, heads_k: int, seqlen: int, **options: Any) -> int:
-        return main.group_heads(_backward(make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)), 132)
+    def group(heads_q: int, heads_k: int, seqlen: int, deterministic: bool = False, **options: Any) -> int:
+        call = make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)
+        return main.group_heads(_backward(call, deterministic=deterministic), 132)
 
-    # queries and gradients in 2 bytes, sums in 4: a kilobyte a row
-    assert group(16, 16, 4096, causal=True) == 8
-    assert group(16, 4, 4096, causal=True) == 2
-    assert group(16, 16, 65536, causal=True) == 1
-    assert group(2, 2, 128, causal=True) == 8
-    # no group has fewer tiles than there are blocks: 32 heads of 16 tiles, of which 4 would fit, in three groups
-    assert group(32, 8, 2048, causal=True) == 11
+    # queries and gradients in 2 bytes, sums in 4: a kilobyte a row. A key has 2048 rows on average, so that the tiles of 16 heads
+    # are 16 / 132 of 2048 rows apart: of 16 heads, that is 4 MB
+    assert group(16, 16, 4096, causal=True) == 16
+    assert group(16, 16, 4096, causal=True, deterministic=True) == 32
+    assert group(16, 16, 16384, causal=True) == 8
+    # 2048 rows more or less for every key
+    assert group(16, 16, 2048, deterministic=True) == group(16, 16, 4096, causal=True) == 16
+    # a window of 512 rows
+    assert group(16, 16, 16384, window=(511, 0)) == 32
+    # no group has fewer tiles than there are blocks: 32 heads of 16 tiles, of which those of 11 would fit
+    assert group(32, 8, 2048, causal=True) == 16
     assert group(16, 2, 4096, causal=True) == 8
+    assert group(2, 2, 128, causal=True) == 8
     assert group(16, 16, 4096) == 1
 
 

@@ -1,7 +1,7 @@
 """The Hopper backward pass: which launches it takes, and what binds them to their binaries. Needs no compiler.
 
 A `BackwardBinding`, as kernels/backward_binding.py describes it. Where dq is wanted with dk and dv, one kernel makes all three
-and sums dq by atomics, whose order no two runs share; `deterministic` has dq made by a kernel of its own.
+and sums dq by atomics, whose order no two runs share; `deterministic` has them done in one order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
     if not (spec.dq or spec.dkv):
         return Program(())
     call = spec.call
-    fused = not reproducible(spec)
+    fused = spec.dq and spec.dkv and not _is_wide(spec)
     heads, rows = call.batch * call.heads_q, main.padded_rows(call.seqlen_q)
     shared = main.shared_tiles(spec, sm_count)[0] if fused else 0
     launches = [_prepare(spec, shared, fused=fused)]
@@ -80,7 +80,9 @@ def _progress_size(spec: BackwardSpec, *, fused: bool) -> int:
     """Numbers of the progress that a pass keeps, as backward_shared.py has them."""
     call = spec.call
     if fused:
-        return 1 + call.batch * (call.heads_k + call.heads_q * main.padded_rows(call.seqlen_q) // FRAGMENT)
+        rows, block_rows = main.padded_rows(call.seqlen_q), main.BLOCK_ROWS[_head_dims(spec)[0]]
+        counts = rows // FRAGMENT + (rows // block_rows if spec.deterministic else 0)
+        return 1 + call.batch * (call.heads_k + call.heads_q * counts)
     return int(spec.dkv and not _is_wide(spec))
 
 
@@ -114,10 +116,10 @@ def shipped(arch: str) -> tuple[Specialisation, ...]:
     return (
         *(_specialise_prepare(dtype, head_dim) for dtype in DTYPES for head_dim in sorted({dv for _, dv in HEAD_DIMS})),
         *(
-            main.specialise(main.MainFeatures(*form, banded, summed, softcap))
+            main.specialise(main.MainFeatures(*form, banded, summed, softcap, ordered))
             for form in fused
             for banded, softcap in kinds
-            for summed in (False, True)
+            for summed, ordered in ((False, False), (True, False), (True, True))
         ),
         *(
             wide.specialise(BackwardFeatures(dtype, head_dims, banded, softcap))

@@ -107,16 +107,16 @@ def _start_dq(s, WARPGROUP: gl.constexpr, buffer):
 
 @gluon.jit
 def _step(
-    s, WARPGROUP: gl.constexpr, NEXT: gl.constexpr, use, has_next, number, first_row, last_row, next_block, masked, dk, dv,
-    weights, dq, past_end,
+    s, WARPGROUP: gl.constexpr, NEXT: gl.constexpr, use, turn, has_next, number, first_row, last_row, next_block, masked, dk,
+    dv, weights, dq, past_end,
 ):  # fmt: skip
     """The gradients of the query block of `use`, of which `weights` are, and with NEXT the weights of the next.
 
     dq is that of the block before and goes to memory while the matrix unit is at dp and dv of this one. With a softcap its
     registers are the weights': it is made and goes to memory within the step, beside the capping of the next block's scores.
-    `number` is that of the block whose dq goes to memory, counted through all heads. Where there is no next block in spite of
-    NEXT, its weights are of whatever lies in shared memory, and nothing uses them: most forms have no registers for a second
-    kind of step.
+    `number` is that of the block whose dq goes to memory, counted through all heads, `turn` the use of `turns` for it. Where
+    there is no next block in spite of NEXT, its weights are of whatever lies in shared memory, and nothing uses them: most
+    forms have no registers for a second kind of step.
     """
     slot = use % s.q_ring.SLOTS
     buffer = use % 2
@@ -126,7 +126,7 @@ def _step(
     p = weights[0]
     dv = warpgroup_mma(p, do, dv, is_async=True)
     if s.CARRY_DQ:
-        add_dq(s, WARPGROUP, dq, number)
+        add_dq(s, WARPGROUP, dq, number, turn)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = (gl.convert_layout(weights[-1], dp.type.layout).to(gl.float32) * dp).to(p.dtype)
     if s.DQ:
@@ -150,7 +150,7 @@ def _step(
         dk, dv = warpgroup_mma_wait(1 if s.DQ else 0, deps=(dk, dv))
         s.q_ring.release(use)
     if s.DQ and not s.CARRY_DQ:
-        add_dq(s, WARPGROUP, warpgroup_mma_wait(0, deps=(next_dq,)), number)
+        add_dq(s, WARPGROUP, warpgroup_mma_wait(0, deps=(next_dq,)), number, turn)
     if NEXT:
         weights = _weights(s, scores, next_slot, past_end)
     if s.CARRY_DQ:
@@ -166,6 +166,15 @@ def _store_rows(acc, operand, slot, batch, head, row):
     tile.store(acc.to(tile.dtype))
     fence_async_shared()
     operand.store(slot, batch, head, row)
+
+
+@gluon.jit
+def _turn(s, use, kv_use):
+    """The use of `turns` in the step of `use`: each step has one, and where dq is carried each tile has one more at its end."""
+    turn = use
+    if s.CARRY_DQ:
+        turn += kv_use // 2
+    return turn
 
 
 @gluon.jit
@@ -212,22 +221,9 @@ def _gradients(s, WARPGROUP: gl.constexpr, use, kv_use, n0, batch, kv_head):
             if not s.CARRY_DQ:
                 number = first_number + block
             dk, dv, weights, dq = _step(
-                s,
-                WARPGROUP,
-                True,
-                use,
-                has_next,
-                number,
-                first_row,
-                last_row,
-                next_block,
-                masked,
-                dk,
-                dv,
-                weights,
-                dq,
-                past_end,
-            )
+                s, WARPGROUP, True, use, _turn(s, use, kv_use), has_next, number, first_row, last_row, next_block, masked, dk,
+                dv, weights, dq, past_end,
+            )  # fmt: skip
             use += 1
             previous = first_number + block
         first_number += s.blocks_per_head
@@ -237,13 +233,14 @@ def _gradients(s, WARPGROUP: gl.constexpr, use, kv_use, n0, batch, kv_head):
         if not s.CARRY_DQ:
             number = last
         dk, dv, weights, dq = _step(
-            s, WARPGROUP, False, use, False, number, first_row, last_row, end, False, dk, dv, weights, dq, past_end
-        )
+            s, WARPGROUP, False, use, _turn(s, use, kv_use), False, number, first_row, last_row, end, False, dk, dv, weights,
+            dq, past_end,
+        )  # fmt: skip
         use += 1
         previous = last
     s.kv_ring.release(kv_use + 1)
     if s.CARRY_DQ:
-        add_dq(s, WARPGROUP, dq, previous)
+        add_dq(s, WARPGROUP, dq, previous, _turn(s, use, kv_use))
     return dk, dv, use
 
 

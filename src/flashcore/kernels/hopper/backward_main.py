@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ SOURCES = tuple(
         "backward_shared",
         "backward_softcap",
         "backward_sums",
+        "backward_turns",
         "progress",
         "exchange",
         "gluon_api",
@@ -65,10 +67,14 @@ SHARING = ("shared_tiles", "sharers")
 # brings.
 MAX_SHARERS = 4
 MIN_SHARED_BLOCKS = 16
-# Heads whose tiles are taken together, those with the most query rows first, where keys differ in that. Their queries, output
-# gradients and sums of dq are to stay in L2; but a group is no smaller than that every block has a tile of it, because the last
-# group begins with long tiles.
-GROUP_BYTES = 32 * 2**20
+# Heads of keys are taken together, in groups: their first tiles, their second ones, and so on. So a tile of a head begins when
+# the one before it is some rows ahead, and the rows between them, of all heads of a group, are to stay in L2: their queries,
+# output gradients and sums of dq. Where tiles add in turn and begin at later and later rows, one that begins too soon has to
+# wait for all of that.
+TRAIL_BYTES = 4 * 2**20
+LONG_TRAIL_BYTES = 16 * 2**20
+# Keys of a head whose rows are counted to know how long its tiles are.
+SAMPLED_KEYS = 64
 _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
 # setmaxnreg for (consumers, producer)
 REGISTERS = (240, 24)
@@ -78,7 +84,8 @@ ROW_PADDING = 128
 
 @dataclass(frozen=True, slots=True)
 class MainFeatures:
-    """What a pass needs compiled in. `banded`: some rows may not attend some keys. `dq`: dq is summed, by atomics.
+    """What a pass needs compiled in. `banded`: some rows may not attend some keys. `dq`: dq is summed, by atomics; `ordered`:
+    these in one order.
 
     A softcap shares the code of a band, as in the forward kernel.
     """
@@ -88,6 +95,7 @@ class MainFeatures:
     banded: bool
     dq: bool
     softcap: bool = False
+    ordered: bool = False
 
     @property
     def shares_tiles(self) -> bool:
@@ -95,24 +103,25 @@ class MainFeatures:
 
         At head dim 64 a launch has twice as many tiles, so that the last of them cost half as much.
         """
-        return self.dq and not self.banded and self.head_dim == 128
+        return self.dq and not self.ordered and not self.banded and self.head_dim == 128
 
     @property
     def own_last(self) -> bool:
         """Whether the last query block of a tile has a step of its own. It takes registers, which only this form can spare."""
-        return self.head_dim == 64 and not self.banded and self.dtype == torch.float16
+        return self.head_dim == 64 and not self.banded and not self.ordered and self.dtype == torch.float16
 
     @property
     def name(self) -> str:
         """A short readable id."""
         band = band_name(self.banded, self.softcap)
-        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}-{'fused' if self.dq else 'dkdv'}"
+        gradients = "ordered" if self.ordered else "fused" if self.dq else "dkdv"
+        return f"{TYPE_NAMES[self.dtype]}-d{self.head_dim}-{band}-{gradients}"
 
     @classmethod
     def of(cls, spec: BackwardSpec, *, fused: bool) -> MainFeatures:
         call = spec.call
         head_dim, _ = padded_head_dims(HEAD_DIMS, call.head_dim, call.head_dim_v)
-        return cls(call.dtype, head_dim, needs_band(call), fused, call.softcap != 0)
+        return cls(call.dtype, head_dim, needs_band(call), fused, call.softcap != 0, fused and spec.deterministic)
 
 
 def padded_rows(seqlen_q: int) -> int:
@@ -157,6 +166,7 @@ def specialise(features: MainFeatures) -> Specialisation:
         "SHARE_TILES": features.shares_tiles,
         "SLOTS": SLOTS,
         "DQ": features.dq,
+        "ORDERED": features.ordered,
         "HAS_LO": features.banded,
         "HAS_HI": features.banded,
         "CONSUMER_REGISTERS": consumer_registers,
@@ -202,23 +212,41 @@ def integers(spec: BackwardSpec, block_rows: int, group: int = 1) -> tuple[int, 
         padded_rows(call.seqlen_q) // block_rows,
         attended_queries(call)[0],
         call.attended_keys[0],
-        # the band from a key's side: attended by rows j - hi to j - lo; limits that exclude nothing, where there are none
-        -call.seqlen_k if call.band.hi is None else max(-call.seqlen_k, -call.band.hi),
-        call.seqlen_q if call.band.lo is None else min(call.seqlen_q, -call.band.lo),
+        *_band_of_a_key(call),
         group,
     )
 
 
 def group_heads(spec: BackwardSpec, sm_count: int) -> int:
-    """Heads of keys whose tiles are taken together; one where all tiles are as long."""
+    """Heads of keys whose tiles are taken together; one where all tiles are as long and none waits for another of its head."""
     call = spec.call
-    if not needs_band(call):
+    banded = needs_band(call)
+    if not banded and not spec.deterministic:
         return 1
-    heads = call.batch * call.heads_k
+    heads, heads_per_kv = call.batch * call.heads_k, call.heads_q // call.heads_k
     bytes_of_row = (call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4
-    bytes_of_all = bytes_of_row * call.seqlen_q * call.batch * call.heads_q
-    groups = min(-(-bytes_of_all // GROUP_BYTES), heads // -(-sm_count // key_tiles(call)))
-    return -(-heads // max(groups, 1))
+    trail = LONG_TRAIL_BYTES if banded and spec.deterministic else TRAIL_BYTES
+    # of a group of n heads, a tile is n / sm_count of a tile's length ahead of the next
+    fit = math.isqrt(int(trail * sm_count / (heads_per_kv * _rows_of_a_key(call) * bytes_of_row)))
+    # every block has a tile of a group, because the last group begins with long tiles
+    least = -(-sm_count // key_tiles(call))
+    groups = max(1, heads // max(fit, least))
+    return -(-heads // groups)
+
+
+def _rows_of_a_key(call: AttentionSpec) -> float:
+    """Query rows of one head that a key takes part in, on average; at least one."""
+    lo, hi = _band_of_a_key(call)
+    keys = range(0, call.seqlen_k, -(-call.seqlen_k // SAMPLED_KEYS))
+    rows = (max(0, min(call.seqlen_q, key + hi + 1) - max(0, key + lo)) for key in keys)
+    return max(1, sum(rows) / len(keys))
+
+
+def _band_of_a_key(call: AttentionSpec) -> tuple[int, int]:
+    """(lo, hi): key j is attended by rows j + lo to j + hi; limits that exclude nothing, where there are none."""
+    band = call.band
+    lo = -call.seqlen_k if band.hi is None else max(-call.seqlen_k, -band.hi)
+    return lo, call.seqlen_q if band.lo is None else min(call.seqlen_q, -band.lo)
 
 
 def key_tiles(call: AttentionSpec) -> int:

@@ -65,18 +65,23 @@ def produce(s: BackwardShared):
     """Walk through the work until there is none left: the block's own part of it, and then those that it draws.
 
     Copy what a tile's keys need: query rows of every head that shares them, head after head. A number is drawn a tile before it
-    is needed: an atomic takes as long as the shortest tiles. That a tile has been added to the sums of dq is reported here,
-    because that waits for memory, which the consumers have no time for.
+    is needed: an atomic takes as long as the shortest tiles. But where tiles add in turn, they have to begin in that order:
+    then a number is drawn when it is needed, and a block has no part of its own, because blocks may begin in any order. That a
+    tile has been added to the sums of dq is reported here, because that waits for memory, which the consumers have no time for.
     """
     wait_for_earlier_launch()
     BLOCK_M: gl.constexpr = s.rows.BLOCK_M
     use = 0
     kv_use = 0
-    item = gl.program_id(0)
     added = -1
-    tile, begin, end, slot = _part(s, item)
+    tile, begin, end, slot = _part(s, gl.program_id(0))
+    if s.turns is not None:
+        # no work at first
+        kv_use = -2
+        tile, begin, end, slot = 0, 0, 0, 0
     while tile >= 0:
-        drawn = start_draw(s.progress.drawn())
+        if s.turns is None:
+            drawn = start_draw(s.progress.drawn())
         n0, batch, kv_head = s.tiles.locate(s.in_order(tile))
         first_head = s.first_head(batch, kv_head)
         first, pairs = _rows_to_round(s, tile)
@@ -113,7 +118,10 @@ def produce(s: BackwardShared):
             if slot < 0:
                 added = batch * s.tiles.heads_q + kv_head
         kv_use += 2
-        item = gl.num_programs(0) + finish_draw(drawn)
+        if s.turns is None:
+            item = gl.num_programs(0) + finish_draw(drawn)
+        else:
+            item = finish_draw(start_draw(s.progress.drawn()))
         tile, begin, end, slot = _part(s, item)
     keys = s.kv_ring.reserve(kv_use)
     s.announce_tile(-1, 0, 0, 0, 0, 0, 0, 0)

@@ -1,5 +1,6 @@
 """What the producer and the consumers of a block of the backward kernel share: tiles in shared memory, barriers, the work."""
 
+from flashcore.kernels.hopper.backward_turns import Turns
 from flashcore.kernels.hopper.gluon_api import gl, gluon
 from flashcore.kernels.hopper.operand import Operand
 from flashcore.kernels.hopper.ring import Ring
@@ -54,11 +55,12 @@ def copy_numbers(target, source_ptr, NUM_BYTES: gl.constexpr, barrier):
 @gluon.aggregate
 class Progress:
     """How far a launch is, int32 numbers that start at 0: tiles that blocks have drawn; for each kv head, tiles of its keys
-    that have been added to the sums of dq; and for each 64 query rows of a padded head, whether dq was rounded from the
-    sums."""
+    that have been added to the sums of dq; for each 64 query rows of a padded head, whether dq was rounded from the sums; and
+    where tiles add in turn, for each block of query rows, how many have."""
 
     ptr: gl.tensor
     kv_heads: gl.tensor
+    row_tiles: gl.tensor
 
     @gluon.jit
     def drawn(self):
@@ -71,6 +73,10 @@ class Progress:
     @gluon.jit
     def rounded(self, row_tile):
         return self.ptr + 1 + self.kv_heads + row_tile
+
+    @gluon.jit
+    def turn(self, block):
+        return self.ptr + 1 + self.kv_heads + self.row_tiles + block
 
 
 @gluon.aggregate
@@ -115,6 +121,8 @@ class BackwardShared:
     lag: gl.tensor | gl.constexpr
     pairs_per_tile: gl.tensor | gl.constexpr
     progress: Progress
+    # of the form whose sums are made in one order
+    turns: Turns | gl.constexpr
     announcement: gl.shared_memory_descriptor
     exponent_scale: gl.tensor
     scale: gl.tensor

@@ -32,9 +32,14 @@ def add_tile(ptr, tile):
 
 
 @gluon.jit
-def add_dq(s, WARPGROUP: gl.constexpr, dq, number):
-    """Add a warpgroup's part of dq to the sums of a block of query rows, counted through all heads."""
+def add_dq(s, WARPGROUP: gl.constexpr, dq, number, turn):
+    """Add a warpgroup's part of dq to the sums of a block of query rows, counted through all heads: as use `turn` of `turns`,
+    where all add in turn."""
+    if s.turns is not None:
+        s.turns.wait(turn)
     add_tile(s.dq_sum_ptr + (2 * number + WARPGROUP).to(gl.int64) * TILE_NUMBERS, dq)
+    if s.turns is not None:
+        s.turns.give(turn)
 
 
 @gluon.jit
