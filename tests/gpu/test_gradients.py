@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -40,9 +41,16 @@ def attend(request: pytest.FixtureRequest) -> Attend:
     return partial(flashcore.attention, impl=request.param, causal=True, deterministic=True)
 
 
-def _inputs(seqlen: int = 333, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+def _inputs(
+    seqlen: int = 333,
+    batch: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    heads: tuple[int, int] = (8, 4),
+    head_dim: int = 64,
+) -> list[torch.Tensor]:
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    sizes = [(batch, seqlen, heads, 64) for heads in (8, 4, 4)]
+    sizes = [(batch, seqlen, count, head_dim) for count in (heads[0], heads[1], heads[1])]
     return [torch.randn(size, device="cuda", generator=generator).to(dtype).requires_grad_() for size in sizes]
 
 
@@ -64,10 +72,22 @@ def test_gradients_are_torchs_by_its_own_rounding(attend: Attend) -> None:
         torch.testing.assert_close(found, torchs, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("seqlen", [197, 2000])
-def test_deterministic_gradients_are_bitwise_equal_over_1000_runs(attend: Attend, seqlen: int) -> None:
-    tensors = _inputs(seqlen)
-    o = attend(*tensors)
+REPEATED: dict[str, dict[str, Any]] = {
+    "causal, one tile a block": {"seqlen": 2000},
+    "causal, odd": {"seqlen": 197},
+    "causal, many tiles": {"seqlen": 1500, "heads": (32, 16), "head_dim": 128},
+    "many tiles": {"seqlen": 1500, "heads": (24, 24), "options": {"causal": False}},
+    "many tiles, wide": {"seqlen": 1500, "heads": (16, 16), "head_dim": 128, "options": {"causal": False}},
+    "a window": {"seqlen": 1500, "heads": (24, 24), "options": {"window": (300, 100), "causal": False}},
+    "a softcap": {"seqlen": 1500, "heads": (16, 8), "head_dim": 128, "options": {"softcap": 20.0}},
+}
+
+
+@pytest.mark.parametrize("case", REPEATED.values(), ids=REPEATED)
+def test_deterministic_gradients_are_bitwise_equal_over_1000_runs(attend: Attend, case: dict[str, Any]) -> None:
+    options = case.get("options", {})
+    tensors = _inputs(**{name: value for name, value in case.items() if name != "options"})
+    o = attend(*tensors, **options)
     do = torch.randn(o.shape, device="cuda", dtype=o.dtype, generator=torch.Generator(device="cuda").manual_seed(1))
     expected = torch.autograd.grad(o, tensors, do, retain_graph=True)
     differences = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -77,6 +97,20 @@ def test_deterministic_gradients_are_bitwise_equal_over_1000_runs(attend: Attend
         differences += sum((a != b).sum() for a, b in zip(found, expected, strict=True))
     assert differences == 0
     assert flashcore.explain(*tensors, impl=attend.keywords["impl"], deterministic=True).backward.reproducible
+
+
+def test_deterministic_gradients_beside_other_work(attend: Attend) -> None:
+    """Blocks that wait for one another must not hang, nor add in another order, where others hold part of the GPU."""
+    tensors = _inputs(1500, heads=(32, 16), head_dim=128)
+    expected = _gradients(attend, tensors)
+    other = torch.cuda.Stream()
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            for _ in range(10):
+                a @ a
+        assert _same(_gradients(attend, tensors), expected)
 
 
 def test_compiled_by_inductor_for_any_length(attend: Attend) -> None:
