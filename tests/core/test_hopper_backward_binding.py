@@ -110,8 +110,6 @@ def test_workspaces_and_grids(call: dict, rows: int, columns: int, make_spec: Ma
     assert program.workspace_bytes == 4 * (heads * rows * (columns + 2) + progress)
     prepare, launch, finish = program.launches
     assert launch.grid == min(132, kv_heads * -(-spec.call.seqlen_k // 128))
-    # every program of the first launch zeroes four numbers of progress
-    assert 4 * prepare.grid >= progress
     constants = dict(prepare.specialisation.constants)
     # every row once, and memory of every row
     assert prepare.grid * constants["ROWS"] == heads * rows and constants["COLUMNS"] == columns

@@ -25,7 +25,7 @@ def hopper_backward_prepare(
 
     o and do are (B, H, S, Dv) by their strides, lse and dlse (B, H, S) contiguous; row_lse and delta are (B * H, padded_rows),
     dq_sum (B * H, padded_rows, COLUMNS), COLUMNS a multiple of 64, dkv_sum dkv_sum_tiles times 4096, progress int32
-    (progress_size), at most 4 a program. `lse_factor` is backward_factors.py's.
+    (progress_size). `lse_factor` is backward_factors.py's.
     padded_rows is a multiple of ROWS; rows from seqlen_q on are as rows that attended nothing.
     grid = B * H * padded_rows / ROWS.
     """
@@ -36,8 +36,9 @@ def hopper_backward_prepare(
     batch = head_of_all // heads_q
     head = head_of_all - batch * heads_q
     padded = head_of_all.to(tl.int64) * padded_rows + m0
-    counts = program * 4 + tl.arange(0, 4)
-    tl.store(progress_ptr + counts, tl.zeros([4], tl.int32), mask=counts < progress_size)
+    for first in range(program * 4, progress_size, tl.num_programs(0) * 4):
+        counts = first + tl.arange(0, 4)
+        tl.store(progress_ptr + counts, tl.zeros([4], tl.int32), mask=counts < progress_size)
     # first, because nothing waits for stores, and these would wait for loads before them
     if zero_dq_sum != 0:
         for part in tl.static_range(COLUMNS // 64):
