@@ -126,8 +126,11 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
         spec = _backward(make_spec(1, heads, heads, seqlen, seqlen, head_dim, head_dim, **options))
         return main.shared_tiles(spec, 132)
 
-    # 2048 tiles: 15 rounds, and 68 tiles that three blocks each do in two thirds of a round
-    assert shared(16, 16384) == (68, 3)
+    # 2048 tiles: 15 rounds, and 68 tiles
+    assert shared(16, 16384) == (68, 4)
+    # 124 tiles keep nearly all of 132 blocks busy as they are, and 60 are shared by two where a third is too little
+    assert shared(2, 16384) == (0, 1)
+    assert shared(12, 2048) == (60, 2)
     assert shared(16, 16384, causal=True) == (0, 1)
     assert shared(16, 16384, 64) == (0, 1)
     # a part would have fewer than 16 blocks of 64 rows
@@ -136,7 +139,7 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
     assert shared(33, 512) == (0, 1) == shared(132, 2048)
     spec = _backward(make_spec(1, 16, 16, 16384, 16384, 128, 128))
     prepare, launch, finish = _program(spec).launches
-    assert _values(launch)["shared_tiles"] == 68 and _values(launch)["sharers"] == 3
+    assert _values(launch)["shared_tiles"] == 68 and _values(launch)["sharers"] == 4
     assert _values(prepare)["dkv_sum_tiles"] == 68 * 4 * 2
     assert _values(finish)["first_shared"] == 2048 - 68 and finish.grid == _values(finish)["query_programs"] + 4 * 68
 
@@ -146,20 +149,21 @@ def test_heads_are_taken_together_as_l2_has_room(make_spec: MakeSpec) -> None:
         call = make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)
         return main.group_heads(_backward(call, deterministic=deterministic), 132)
 
-    # queries and gradients in 2 bytes, sums in 4: a kilobyte a row. A key has 2048 rows on average, so that the tiles of 16 heads
-    # are 16 / 132 of 2048 rows apart: of 16 heads, that is 4 MB
-    assert group(16, 16, 4096, causal=True) == 16
-    assert group(16, 16, 4096, causal=True, deterministic=True) == 32
-    assert group(16, 16, 16384, causal=True) == 8
-    # 2048 rows more or less for every key
-    assert group(16, 16, 2048, deterministic=True) == group(16, 16, 4096, causal=True) == 16
-    # a window of 512 rows
-    assert group(16, 16, 16384, window=(511, 0)) == 32
-    # no group has fewer tiles than there are blocks: 32 heads of 16 tiles, of which those of 11 would fit
-    assert group(32, 8, 2048, causal=True) == 16
-    assert group(16, 2, 4096, causal=True) == 8
+    # queries and gradients in 2 bytes, sums in 4: a kilobyte a row, of 32 MB
+    assert group(16, 16, 4096, causal=True) == 8
+    assert group(16, 4, 4096, causal=True) == 6  # not two, of which two thirds of the blocks would have a tile
+    assert group(4, 4, 65536, causal=True) == 1
     assert group(2, 2, 128, causal=True) == 8
     assert group(16, 16, 4096) == 1
+    # no group has fewer tiles than there are blocks: 32 heads of 16 tiles
+    assert group(32, 8, 2048, causal=True) == 11
+    assert group(16, 2, 4096, causal=True) == 8
+    # In turn. 2048 rows a key: tiles of 16 heads are 16 / 132 of that apart, which is 4 MB of 16 heads
+    assert group(16, 16, 2048, deterministic=True) == 16
+    assert group(16, 16, 4096, causal=True, deterministic=True) == 32
+    assert group(16, 16, 16384, causal=True, deterministic=True) == 16
+    # a window of 512 rows
+    assert group(16, 16, 16384, window=(511, 0), deterministic=True) == 64
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

@@ -67,12 +67,12 @@ SHARING = ("shared_tiles", "sharers")
 # brings.
 MAX_SHARERS = 4
 MIN_SHARED_BLOCKS = 16
-# Heads of keys are taken together, in groups: their first tiles, their second ones, and so on. So a tile of a head begins when
-# the one before it is some rows ahead, and the rows between them, of all heads of a group, are to stay in L2: their queries,
-# output gradients and sums of dq. Where tiles add in turn and begin at later and later rows, one that begins too soon has to
-# wait for all of that.
-TRAIL_BYTES = 4 * 2**20
-LONG_TRAIL_BYTES = 16 * 2**20
+# Heads of keys are taken together, in groups: their first tiles, their second ones, and so on, where keys differ in their rows
+# those with the most first. The queries of a group, their output gradients and sums of dq are to stay in L2.
+GROUP_BYTES = 32 * 2**20
+# Where tiles add in turn, one that begins too soon after the one before it has to wait. The rows between two tiles of a head, of
+# all heads of a group, are to stay in L2; more of them pay where tiles begin at later and later rows, which they wait for too.
+TRAIL_BYTES = {False: 4 * 2**20, True: 16 * 2**20}
 # Keys of a head whose rows are counted to know how long its tiles are.
 SAMPLED_KEYS = 64
 _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dk", "dv")
@@ -224,14 +224,15 @@ def group_heads(spec: BackwardSpec, sm_count: int) -> int:
     if not banded and not spec.deterministic:
         return 1
     heads, heads_per_kv = call.batch * call.heads_k, call.heads_q // call.heads_k
-    bytes_of_row = (call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4
-    trail = LONG_TRAIL_BYTES if banded and spec.deterministic else TRAIL_BYTES
-    # of a group of n heads, a tile is n / sm_count of a tile's length ahead of the next
-    fit = math.isqrt(int(trail * sm_count / (heads_per_kv * _rows_of_a_key(call) * bytes_of_row)))
+    bytes_of_row = heads_per_kv * ((call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4)
+    if spec.deterministic:
+        # in a group of n heads a tile is n / sm_count of a tile's length ahead of the next
+        fit = math.isqrt(int(TRAIL_BYTES[banded] * sm_count / (_rows_of_a_key(call) * bytes_of_row)))
+    else:
+        fit = GROUP_BYTES // (call.seqlen_q * bytes_of_row)
     # every block has a tile of a group, because the last group begins with long tiles
     least = -(-sm_count // key_tiles(call))
-    groups = max(1, heads // max(fit, least))
-    return -(-heads // groups)
+    return -(-heads // max(1, heads // max(fit, least)))
 
 
 def _rows_of_a_key(call: AttentionSpec) -> float:
@@ -261,9 +262,10 @@ def shared_tiles(spec: BackwardSpec, sm_count: int) -> tuple[int, int]:
     if not features.shares_tiles or last == 0:
         return 0, 1
     most = min(-(-call.seqlen_q // BLOCK_ROWS[features.head_dim]) // MIN_SHARED_BLOCKS, MAX_SHARERS)
-    # in rounds of whole tiles
-    length = {sharers: -(-last * sharers // sm_count) / sharers for sharers in range(1, most + 1)}
-    sharers = min(length, key=length.__getitem__, default=1)
+    # Blocks come to the last tiles one after another: what all of them do takes last / sm_count of a tile's time, and the end
+    # finds them in the middle of a part.
+    length = {sharers: last / sm_count + 0.5 / sharers for sharers in range(2, most + 1)} | {1: 1.0}
+    sharers = min(length, key=length.__getitem__)
     return (last, sharers) if sharers > 1 else (0, 1)
 
 
