@@ -98,7 +98,7 @@ class WheelCheck(BaseModel):
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
-    records = [path for name in ("verify", "verify-bwd") for path in recorded(name)]
+    records = [path for name in ("verify", "verify-bwd", "verify-bwd-*") for path in recorded(name)]
     origins = [origin(path, _read_verify(path).environment) for path in records]
     return "\n".join(
         (

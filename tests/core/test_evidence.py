@@ -175,6 +175,26 @@ def test_the_gradients_record_is_added_to_the_forwards(tmp_path: Path) -> None:
     assert index.sources == {**without.sources, "portable_backward_dq": kernel_hash("portable_backward_dq")}
 
 
+def test_an_earlier_record_of_gradients_stands_for_the_binaries_that_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "verify.json").write_text(_record().model_dump_json())
+    (tmp_path / "verify-bwd.json").write_text(_backward_record().model_dump_json())
+    later = make_index(tmp_path)
+    other = BinaryRecord(kernel="portable_backward_dq", specialisation="dq-other", passed=("tiny", "small"), failed=())
+    sources = {**ENVIRONMENT.kernel_sources, "portable_backward_dq": "0" * 64}
+    earlier = _backward_record(
+        binaries={"e" * 64: other}, environment=ENVIRONMENT.model_copy(update={"kernel_sources": sources})
+    )
+    path = tmp_path / "verify-bwd-earlier.json"
+    path.write_text(earlier.model_dump_json())
+    index = make_index(tmp_path)
+    assert index.verified == {**later.verified, "e" * 64: ("dq-other", 2)}
+    # of a source it says nothing that the later one does not
+    assert index.sources == later.sources and index.timings == later.timings
+    path.write_text(earlier.model_copy(update={"failed": 1}).model_dump_json())
+    with pytest.raises(BinaryError, match=r"verify-bwd-earlier\.json.*1 failed cases"):
+        make_index(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -1,8 +1,8 @@
 """What was verified and measured on GPUs, and what follows from it for a plan.
 
-The records of each GPU lie in a folder beside this file (`nvidia-h200/`): verify.json, verify-bwd.json (the gradients) and
-bench-*.json as the commands wrote them, and index.json, the little of them that planning needs, made by `flashcore evidence`
-and never edited.
+The records of each GPU lie in a folder beside this file (`nvidia-h200/`): verify.json, verify-bwd.json (the gradients; and in
+verify-bwd-*.json earlier ones, for what is the same byte for byte) and bench-*.json as the commands wrote them, and index.json,
+the little of them that planning needs, made by `flashcore evidence` and never edited.
 """
 
 from __future__ import annotations

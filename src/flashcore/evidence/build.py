@@ -15,8 +15,10 @@ from flashcore.verify.record import VerifyRecord, read
 from flashcore.verify.subject import OURS
 
 SUITE = "all"
-# the record of the gradients, beside verify.json
+# The record of the gradients, beside verify.json; and earlier ones, for the binaries that are still the same, byte for byte, and
+# that no case of the later one ran.
 BACKWARD = "verify-bwd.json"
+EARLIER_BACKWARD = "verify-bwd-*.json"
 
 
 def slug(gpu: str) -> str:
@@ -41,16 +43,16 @@ def make_index(folder: Path) -> Index:
         BinaryError: a verification record is no evidence: partial, interpreted, failing, not from a GPU or from another one.
     """
     forward = _evidence(folder / "verify.json", "fwd")
-    records = [forward]
-    if (folder / BACKWARD).exists():
-        records.append(_evidence(folder / BACKWARD, "bwd"))
+    backward = {
+        path: _evidence(path, "bwd") for path in (folder / BACKWARD, *sorted(folder.glob(EARLIER_BACKWARD))) if path.exists()
+    }
     gpu = forward.environment.gpu
     assert gpu is not None  # refusal() saw to it
     sources: dict[str, str] = {}
     verified: dict[str, tuple[str, int]] = {}
-    for record in records:
+    for path, record in {folder / "verify.json": forward, **backward}.items():
         if record.device != forward.device:
-            raise BinaryError(f"{folder / BACKWARD}: is of {record.device}, and verify.json is of {forward.device}")
+            raise BinaryError(f"{path}: is of {record.device}, and verify.json is of {forward.device}")
         passed = {sha256: binary for sha256, binary in record.binaries.items() if not binary.failed}
         # a kernel that the record has no binary of, because the GPU does not run it say, was not verified there
         ran = {binary.kernel for binary in passed.values()} | {kernel.id for kernel in KERNELS.values() if not kernel.computes}
@@ -64,7 +66,7 @@ def make_index(folder: Path) -> Index:
         sources=sources,
         verified=dict(sorted(verified.items())),
         peaks=_peaks(measured),
-        timings=_timings(measured, _verified_sources(forward, records[-1])),
+        timings=_timings(measured, _verified_sources(forward, backward.get(folder / BACKWARD, forward))),
     )
 
 

@@ -135,6 +135,12 @@ def _shipped() -> list[Case]:
                 replace(exact, name=f"{exact.name}-lse", return_lse=True),
                 replace(exact, name=f"{exact.name}-softcap", softcap=20.0),
             ]
+            # made apart, by other binaries than all three together
+            plain += [
+                replace(case, name=f"{case.name}-only-{wanted}", wrt=wanted)
+                for case in (plain[0], plain[2], plain[4])
+                for wanted in ("q", "kv")
+            ]
             # mypy does not match a dict of ints with replace's keywords
             # MANY's values are ints, of fields that take ints
             cases += [*plain, *(replace(case, name=f"{case.name}-many", **MANY) for case in plain)]  # type: ignore[arg-type]
