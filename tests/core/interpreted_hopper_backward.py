@@ -33,6 +33,9 @@ CASES = {
     "a gradient of the log-sum-exp": {"seqlen": 70, "dlse": True},
     "a strided gradient": {"seqlen": 70, "apart": 3},
     "a softcap": {"seqlen": 70, "softcap": 20.0},
+    "in order": {"seqlen": 197, "deterministic": True},
+    "in order, one block of rows": {"seqlen": 100, "deterministic": True},
+    "in order, wide": {"seqlen": 60, "dim": 128, "deterministic": True},
 }
 # whose dq is summed by no atomics
 WIDE = {"values of 128": {"seqlen": 197, "dim": 192, "dim_v": 128}, "values of 200": {"seqlen": 70, "dim": 72, "dim_v": 200}}
@@ -47,6 +50,7 @@ def _pass(
     dlse: bool = False,
     apart: int = 1,
     deterministic: bool = False,
+    dkv: bool = True,
     softcap: float = 0.0,
 ) -> tuple[BackwardSpec, Program, dict[TensorName, torch.Tensor | None]]:
     """A pass of 2 x 3 heads and its tensors: outputs and workspaces full of NaN, every 7th row one that attended nothing."""
@@ -58,7 +62,7 @@ def _pass(
     q, o, do = new(dim), new(dim_v or dim), new(apart * (dim_v or dim))[..., : dim_v or dim]
     options = Options.check(causal=False, scale=0.25, window=None, softcap=softcap, layout=layout)
     call = AttentionSpec.from_tensors(q, q, o, None, options, return_lse=True)
-    spec = BackwardSpec.of(call, do, dq=True, dkv=True, mask=None, dlse=dlse, deterministic=deterministic)
+    spec = BackwardSpec.of(call, do, dq=True, dkv=dkv, mask=None, dlse=dlse, deterministic=deterministic)
     program = binding.program(spec, "sm_90a", 132)
     lse = 3 * torch.randn(2, 3, seqlen)
     lse[..., ::7] = -math.inf
@@ -105,7 +109,7 @@ def test_row_numbers(case: dict) -> None:
 
 
 def test_sums_that_no_kernel_adds_to_are_not_touched() -> None:
-    _, program, tensors = _pass(70, deterministic=True)
+    _, program, tensors = _pass(70, dkv=False)
     # as if there were some: the program has none
     tensors["dq_sum"] = torch.full((6, 128, 64), math.nan)
     _run(program, binding.PREPARE, tensors)
@@ -138,11 +142,12 @@ def test_sums_in_fragment_order_become_dq(case: dict) -> None:
     # what the kernel before has rounded is left as it is: here every third 64 rows
     kv_heads = spec.call.batch * spec.call.heads_k
     tensors["progress"].zero_()
-    tensors["progress"][1 + kv_heads :: 3] = 1
+    rounded = tensors["progress"][1 + kv_heads :][: heads * row_tiles]
+    rounded[::3] = 1
     _run(program, binding.FINISH, tensors)
     call, dq = spec.call, _heads_first(tensors["dq"], spec).flatten(0, 1)
     expected = (whole * call.scale).to(call.dtype)[:, : call.seqlen_q, : call.head_dim]
-    rounded = tensors["progress"][1 + kv_heads :].view(heads, row_tiles).repeat_interleave(64, 1)[:, : call.seqlen_q] != 0
+    rounded = rounded.view(heads, row_tiles).repeat_interleave(64, 1)[:, : call.seqlen_q] != 0
     assert rounded.any() and dq[rounded].isnan().all()
     assert torch.equal(dq[~rounded], expected[~rounded])
 

@@ -112,6 +112,7 @@ def test_binaries_hold_what_is_meant() -> None:
         main.MainFeatures(torch.bfloat16, 128, True, True),
         main.MainFeatures(torch.float16, 128, False, False),
         main.MainFeatures(torch.bfloat16, 64, True, True, softcap=True),
+        main.MainFeatures(torch.float16, 128, True, True, ordered=True),
     )
     asked = [Request(main.specialise(feature), "sm_90a") for feature in features]
     for feature, outcome in zip(features, compile_all(asked, jobs=2), strict=True):
@@ -138,6 +139,7 @@ def test_the_main_loop_moves_nothing_to_uniform_registers() -> None:
     """Where ptxas cannot tell that a matrix descriptor is the same for a whole warp, it computes it in vector registers and
     moves it for every product: 4 % of the speed, and nothing else shows it."""
     features = [main.MainFeatures(torch.float16, d, banded, True) for d in main.BLOCK_ROWS for banded in (False, True)]
+    features.append(main.MainFeatures(torch.float16, 128, True, True, ordered=True))
     asked = [Request(main.specialise(feature), "sm_90a") for feature in features]
     for feature, outcome in zip(features, compile_all(asked, jobs=2), strict=True):
         assert outcome.binary is not None, outcome.error

@@ -62,19 +62,67 @@ MANY_TILES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_blocks_that_take_many_tiles(head_dim: int, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks: they draw tiles, round what earlier ones have summed, and share the keys of the last."""
-    run, rounded, shared = gluon_on_cpu.run_on_cpu, [], []
+    left = _observe(monkeypatch)
+    # one head after the other, so that some are done long before the last
+    monkeypatch.setattr(main, "GROUP_BYTES", 1)
+    assert _worst_error((head_dim, head_dim), early=False, deterministic=False, **case) < 4
+    rounded = left[0]["progress"][1 + case["heads"][1] :]
+    assert (rounded.count_nonzero() > 0) == (case["heads"][1] == 13)
+    shared = left[0]["dkv_sum"].count_nonzero() > 0
+    assert shared == (case is MANY_TILES["shared keys"] and head_dim == 128)
+
+
+IN_ORDER: dict[str, dict[str, Any]] = {
+    "whole heads": {"lengths": (130, 500), "heads": (6, 3)},
+    "one block of rows": {"lengths": (60, 900)},
+    "causal": {"lengths": (400, 500), "heads": (4, 2), "causal": True},
+    "a window": {"lengths": (500, 400), "heads": (3, 3), "window": (150, 60)},
+    "a softcap": {"lengths": (200, 300), "heads": (2, 1), "softcap": 1.5},
+}
+
+
+@pytest.mark.parametrize("case", IN_ORDER.values(), ids=IN_ORDER)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_in_order_the_sums_do_not_depend_on_the_blocks(
+    head_dim: int, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block adds the tiles of a head one after the other; five at work at once add them in the same order."""
+    left = _observe(monkeypatch)
+    for sm_count in (1, 5, 5):
+        assert _worst_error((head_dim, head_dim), early=False, sm_count=sm_count, **case) < 4
+    assert all(torch.equal(of["dq_sum"], left[0]["dq_sum"]) for of in left[1:])
+    # how many tiles have added to each block of rows: all that visit it
+    rows, heads = left[0]["dq_sum"].shape[1] * 64, case.get("heads", (2, 2))
+    turns = [of["progress"][1 + heads[1] + heads[0] * rows // 64 :] for of in left]
+    assert turns[0].numel() == heads[0] * rows // main.BLOCK_ROWS[head_dim] and turns[0].count_nonzero() > 0
+    assert all(torch.equal(turns[0], one) for one in turns[1:])
+
+
+def test_out_of_turn_the_sums_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above compares differs where tiles add in another order: here the second of a head's four is the last."""
+    left = _observe(monkeypatch)
+    poll = gluon_on_cpu._Machine.poll
+
+    def poll_for_others(self: Any, reported: Any, count: int) -> Any:
+        return poll(self, reported, 4 - count if count else 0)
+
+    case = IN_ORDER["whole heads"]
+    _worst_error((64, 64), early=False, sm_count=12, **case)
+    monkeypatch.setattr(gluon_on_cpu._Machine, "poll", poll_for_others)
+    _worst_error((64, 64), early=False, sm_count=12, **case)
+    assert not torch.equal(left[0]["dq_sum"], left[1]["dq_sum"])
+
+
+def _observe(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each launch that runs from now on, as it leaves them."""
+    run, left = gluon_on_cpu.run_on_cpu, []
 
     def observe(launch: Launch, tensors: dict[str, torch.Tensor], *, early: bool) -> None:
         run(launch, tensors, early=early)
-        rounded.append(tensors["progress"][1 + case["heads"][1] :].count_nonzero().item())
-        shared.append(tensors["dkv_sum"].count_nonzero().item())
+        left.append({name: t.clone() for name, t in tensors.items()})
 
     monkeypatch.setattr(gluon_on_cpu, "run_on_cpu", observe)
-    # one head after the other, so that some are done long before the last
-    monkeypatch.setattr(main, "TRAIL_BYTES", 1)
-    assert _worst_error((head_dim, head_dim), early=False, deterministic=False, **case) < 4
-    assert (rounded[0] > 0) == (case["heads"][1] == 13)
-    assert (shared[0] > 0) == (case is MANY_TILES["shared keys"] and head_dim == 128)
+    return left
 
 
 @pytest.mark.parametrize("head_dims", [(40, 72), (160, 104), (200, 136)], ids=str)
@@ -91,7 +139,8 @@ def test_barriers_and_waits_are_needed(head_dims: tuple[int, int], monkeypatch: 
         patched.setattr(gluon_on_cpu._Machine, "wait", lambda self, pending, *, deps: wait(self, pending + 1, deps=deps))
         _worst_error(head_dims, early=False, **CASES["odd"])
     monkeypatch.setattr(gluon_on_cpu._Barrier, "wait", lambda self, parity: None)
-    with pytest.raises(AssertionError):  # more arrivals than a phase has, or else wrong gradients
+    # more arrivals than a phase has, or else wrong gradients; or a turn that never comes
+    with pytest.raises((AssertionError, TimeoutError)):
         assert _worst_error(head_dims, early=True, **CASES["odd"]) < 4
 
 

@@ -34,7 +34,8 @@ def test_a_forward_case_takes_one_binary_of_each_kernel_that_takes_it() -> None:
 def test_a_backward_case_takes_the_forwards_and_each_launchs() -> None:
     taken = {one.name: [b.kernel for b in one.binaries(CASE, H200)] for one in backward_implementations("ours")}
     assert taken["portable"] == ["portable_forward", *(f"portable_backward_{part}" for part in ("delta", "dkdv", "dq"))]
-    assert "hopper_backward_finish" in taken["hopper"] and "hopper_backward_dq" in taken["hopper-deterministic"]
+    hopper = ["hopper_forward", *(f"hopper_backward{part}" for part in ("_prepare", "", "_finish"))]
+    assert taken["hopper"] == taken["hopper-deterministic"] == hopper
     assert all(one.binaries(CASE, NO_GPU) == () for one in backward_implementations("ours"))
 
 

@@ -62,6 +62,6 @@ def test_training_without_a_log_sum_exp_and_with_its_gradient_meet_both_dtypes()
 
 def test_its_own_cases_are_few_and_cheap() -> None:
     cases = backward_cases()
-    assert len(cases) <= 140
+    assert len(cases) <= 170
     small = [case.batch * case.heads_q * case.seqlen_q * case.seqlen_k for case in cases if not case.needs_bytes]
     assert max(small) < 2**20

@@ -15,8 +15,8 @@ from flashcore.verify.record import VerifyRecord, read
 from flashcore.verify.subject import OURS
 
 SUITE = "all"
-# The record of the gradients, beside verify.json; and earlier ones, for the binaries that are still the same, byte for byte, and
-# that no case of the later one ran.
+# The record of the gradients, beside verify.json; and earlier ones, for the binaries that are still the same, byte for byte,
+# and that no case of the later one ran.
 BACKWARD = "verify-bwd.json"
 EARLIER_BACKWARD = "verify-bwd-*.json"
 

@@ -70,8 +70,8 @@ MIN_SHARED_BLOCKS = 16
 # Heads of keys are taken together, in groups: their first tiles, their second ones, and so on, where keys differ in their rows
 # those with the most first. The queries of a group, their output gradients and sums of dq are to stay in L2.
 GROUP_BYTES = 32 * 2**20
-# Where tiles add in turn, one that begins too soon after the one before it has to wait. The rows between two tiles of a head, of
-# all heads of a group, are to stay in L2; more of them pay where tiles begin at later and later rows, which they wait for too.
+# Where tiles add in turn, one that begins too soon after the one before it has to wait. The rows between two tiles of a head,
+# of all heads of a group, are to stay in L2; more of them pay where tiles begin at later and later rows: {banded: bytes}.
 TRAIL_BYTES = {False: 4 * 2**20, True: 16 * 2**20}
 # Keys of a head whose rows are counted to know how long its tiles are.
 SAMPLED_KEYS = 64
