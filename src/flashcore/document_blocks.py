@@ -23,7 +23,7 @@ from flashcore.bench.markdown import to_markdown, view_to_markdown
 from flashcore.bench.shapes import DTYPES
 from flashcore.bench.view import View, figure
 from flashcore.document_ladder_blocks import debug_views, ladder, ladder_bar, ladder_step
-from flashcore.document_parts import NOTHING, each, origin, place, recorded, table
+from flashcore.document_parts import NOTHING, each, origin, place, recorded, sources_of, table
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
 from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
@@ -98,8 +98,10 @@ class WheelCheck(BaseModel):
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
-    records = [path for name in ("verify", "verify-bwd", "verify-bwd-*") for path in recorded(name)]
-    origins = [origin(path, _read_verify(path).environment) for path in records]
+    records = [path for name in ("verify", "verify-bwd") for path in recorded(name)]
+    origins = [f"verified: {_verify_origin(path, _read_verify(path))}" for path in records]
+    earlier = [_verify_origin(path, _read_verify(path)) for path in recorded("verify-bwd-*")]
+    origins += [f"verified, of binaries that are still the same, byte for byte: {one}" for one in earlier]
     return "\n".join(
         (
             table(("kernel", "arch", "compute capability", "binaries in a wheel", "verified", "state"), rows),
@@ -107,7 +109,7 @@ def support() -> str:
             f"- dtypes {', '.join(DTYPES)}; head dims 1 to {MAX_HEAD_DIM}, v's may differ from q's; any lengths of q and of k",
             "- MHA, GQA and MQA; causal, window, softcap, bool and additive masks that broadcast, LSE; any strides with a "
             "contiguous last dimension",
-            *(f"- verified: {one}" for one in origins or [NOTHING]),
+            *(f"- {one}" for one in origins or [f"verified: {NOTHING}"]),
         )
     )
 
@@ -140,7 +142,7 @@ def compact(name: str) -> str:
 
 
 def _of_artifact(path: Path, artifact: Artifact) -> str:
-    notes = [origin(path, artifact.environment), *_mean_ratio(artifact)]
+    notes = [_bench_origin(path, artifact), *_mean_ratio(artifact)]
     return to_markdown(artifact).rstrip() + "".join(f"\n- {note}" for note in notes)
 
 
@@ -177,7 +179,11 @@ def _crossover_views(artifact: Artifact) -> list[View]:
 def _of_views(make: Callable[[Artifact], list[View]], path: Path) -> str:
     artifact = load(path)
     tables = "\n".join(map(view_to_markdown, make(artifact))).rstrip() or "no run of the grid on a GPU\n"
-    return f"{tables}\n- {origin(path, artifact.environment)}"
+    return f"{tables}\n- {_bench_origin(path, artifact)}"
+
+
+def _bench_origin(path: Path, artifact: Artifact) -> str:
+    return origin(path, artifact.environment, sources_of(artifact.environment, artifact.settings.direction))
 
 
 def _compact(path: Path, artifact: Artifact) -> str:
@@ -207,7 +213,11 @@ def _verification(path: Path, record: VerifyRecord) -> str:
     for case in record.cases:
         by_implementation.setdefault(case.implementation, []).append(case)
     tables = [_verified(record, name, cases) for name, cases in by_implementation.items()]
-    return "\n".join((*tables, f"- {origin(path, record.environment)}"))
+    return "\n".join((*tables, f"- {_verify_origin(path, record)}"))
+
+
+def _verify_origin(path: Path, record: VerifyRecord) -> str:
+    return origin(path, record.environment, sources_of(record.environment, record.direction))
 
 
 def _verified(record: VerifyRecord, name: str, cases: Sequence[CaseRecord]) -> str:
@@ -257,7 +267,7 @@ def _launch(path: Path) -> str:
         (name, *map(figure, (host.median, host.min, host.max, cost.stream_us_per_call[name].median)))
         for name, host in cost.host_us_per_call.items()
     ]
-    return f"{table(columns, rows)}\n\n- {origin(path, cost.environment)}"
+    return f"{table(columns, rows)}\n\n- {origin(path, cost.environment, sources_of(cost.environment, 'fwd'))}"
 
 
 def wheel() -> str:
@@ -277,7 +287,7 @@ def _wheel(path: Path) -> str:
         ("binary of the mission shape", f"{check.origin}, SHA-256 {check.binary_sha256}"),
         ("`flashcore verify --suite mission`", f"exit {check.verify_mission.exit}: {' '.join(check.verify_mission.summary)}"),
     ]
-    return f"{table(('what', 'found'), rows)}\n\n- {origin(path, check.environment)}"
+    return f"{table(('what', 'found'), rows)}\n\n- {origin(path, check.environment, sources_of(check.environment, 'fwd'))}"
 
 
 def search() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashcore import evidence
 from flashcore.environment import Environment
-from flashcore.kernels.registry import KERNELS, LADDER
+from flashcore.kernels.registry import BACKWARDS, KERNELS, LADDER
 from flashcore.sources import kernel_hash
 
 NOTHING = "no artifact recorded"
@@ -44,6 +44,15 @@ def origin(path: Path, found: Environment, sources: dict[str, str] | None = None
     changed = [kernel for kernel, source in of.items() if kernel in known and source != kernel_hash(kernel)]
     parts += [f"**before the present source of {', '.join(changed)}**"] if changed else []
     return f"`{place(path)}`: {', '.join(parts)}"
+
+
+def sources_of(found: Environment, direction: evidence.Direction) -> dict[str, str]:
+    """The kernels that an artifact of a direction may have run, with the hashes of their sources then: forward none of the
+    gradients'."""
+    if direction != "fwd":
+        return found.kernel_sources
+    of_gradients = {kernel for binding in BACKWARDS.values() for kernel in binding.KERNELS}
+    return {kernel: source for kernel, source in found.kernel_sources.items() if kernel not in of_gradients}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -71,7 +71,7 @@ def test_the_launches_are_those_that_the_wanted_gradients_need(
     names = {workspace.tensor for workspace in program.workspaces}
     expected = {"row_lse", "delta"} if kernels else set()
     expected |= {"progress"} if MAIN in kernels else set()
-    assert names == expected | ({"dq_sum", "dkv_sum"} if FINISH in kernels else set())
+    assert names == expected | ({"dq_sum"} if FINISH in kernels else set())
     for launch in program.launches:
         values = _values(launch)
         if launch.specialisation.kernel == PREPARE:
@@ -104,7 +104,6 @@ def test_workspaces_and_grids(call: dict, rows: int, columns: int, make_spec: Ma
         "row_lse": (heads, rows),
         "delta": (heads, rows),
         "dq_sum": (heads, rows // 64, columns // 64, 4096),
-        "dkv_sum": (0, 4, columns // 64, 4096),
         "progress": (progress,),
     }
     dtypes = {workspace.tensor: workspace.dtype for workspace in program.workspaces}
@@ -146,7 +145,9 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
     # whole rounds
     assert shared(33, 512) == (0, 1) == shared(132, 2048)
     spec = _backward(make_spec(1, 16, 16, 16384, 16384, 128, 128))
-    prepare, launch, finish = _program(spec).launches
+    program = _program(spec)
+    assert ("dkv_sum", (68, 4, 2, 4096)) in {(workspace.tensor, workspace.shape) for workspace in program.workspaces}
+    prepare, launch, finish = program.launches
     assert _values(launch)["shared_tiles"] == 68 and _values(launch)["sharers"] == 4
     assert _values(prepare)["dkv_sum_tiles"] == 68 * 4 * 2
     assert _values(finish)["first_shared"] == 2048 - 68 and finish.grid == _values(finish)["query_programs"] + 4 * 68

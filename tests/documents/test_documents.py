@@ -234,9 +234,16 @@ def test_figures_of_an_earlier_source_are_marked(record: Record) -> None:
     path = record() / "bench-mission.json"
     assert "present source" not in BLOCKS["mission"]()
     artifact = json.loads(path.read_text())
+    # forward, no kernel of gradients was run
+    artifact["environment"]["kernel_sources"]["portable_backward_dq"] = "0" * 64
+    path.write_text(json.dumps(artifact))
+    assert "present source" not in BLOCKS["mission"]()
+    artifact["settings"]["direction"] = "bwd"
+    path.write_text(json.dumps(artifact))
+    assert "**before the present source of portable_backward_dq**" in BLOCKS["mission"]()
     artifact["environment"]["kernel_sources"]["portable_forward"] = "0" * 64
     path.write_text(json.dumps(artifact))
-    assert "**before the present source of portable_forward**" in BLOCKS["mission"]()
+    assert "**before the present source of portable_forward, portable_backward_dq**" in BLOCKS["mission"]()
 
 
 def test_support_counts_verified_binaries_of_the_present_source(record: Record) -> None:

@@ -70,7 +70,8 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
         column_tiles = _head_dims(spec)[0] // FRAGMENT
         tile = (column_tiles, FRAGMENT * FRAGMENT)
         workspaces.append(Workspace("dq_sum", (heads, rows // FRAGMENT, *tile), torch.float32))
-        workspaces.append(Workspace("dkv_sum", (shared, 4, *tile), torch.float32))
+        if shared:
+            workspaces.append(Workspace("dkv_sum", (shared, 4, *tile), torch.float32))
     elif spec.dq:
         launches.append(dq.launch(spec))
     return Program(tuple(launches), tuple(workspaces))
