@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from flashcore.cli import verify
 from flashcore.kernels.registry import BINDINGS
-from flashcore.verify import backward_mutations, backward_subject, mutations, subject
+from flashcore.target import Target
+from flashcore.verify import ahead, backward_mutations, backward_subject, mutations, subject
 from flashcore.verify.record import read
 from flashcore.verify.suite import BackwardRan, Implementation, Ran
 
@@ -103,6 +104,21 @@ def test_without_a_terminal_a_log_says_how_far_a_run_is(monkeypatch: pytest.Monk
     assert f"2 of 3 done (0 passed, 2 failed, 0 skipped), at {wrong.name}: tiny-seed42" in lines
     monkeypatch.setattr(verify, "LOG_SECONDS", 60.0)
     assert " of 3 done" not in _invoke(monkeypatch, (wrong,), "--only", "tiny-*").output
+
+
+def test_without_a_terminal_a_log_says_how_far_mutations_and_compiling_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mutations.implementation(None)
+    monkeypatch.setattr(verify, "LOG_SECONDS", 0.0)
+    lines = _invoke(monkeypatch, (right,), "--mutations", "--only", "tiny-*").output.splitlines()
+    assert [line for line in lines if line.startswith("at case")] == [f"at case {i} of 3" for i in (1, 2, 3)]
+    monkeypatch.setattr(verify, "LOG_SECONDS", 60.0)
+    assert "at case" not in _invoke(monkeypatch, (right,), "--mutations", "--only", "tiny-*").output
+    # what nobody has yet is compiled ahead on a GPU
+    monkeypatch.setattr(ahead, "missing", lambda specialisations, target: [None, None])
+    monkeypatch.setattr(ahead, "compile_ahead", lambda needed, target, advance: 0)
+    monkeypatch.setattr(Target, "of", lambda device: Target("a GPU", "sm_90a", (9, 0), 132, False))
+    lines = _invoke(monkeypatch, (right,), "--only", "tiny-seed0").output.splitlines()
+    assert lines.index("compiling 2 binaries") < lines.index("compiled 2 binaries; 0 failed to")
 
 
 def test_two_kernels_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

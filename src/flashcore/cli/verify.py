@@ -193,6 +193,8 @@ def _compile_ahead(console: Console, run: _Run, target: Target) -> None:
     if target.arch is None:
         return
     needed = missing((one for i in run.implementations for case in run.cases for one in i.binaries(case, target)), target)
+    if needed and not console.is_terminal:
+        console.print(f"compiling {len(needed)} binaries", highlight=False)
     with _progress(console) as progress:
         task = progress.add_task("compile", total=len(needed))
         failed = compile_ahead(needed, target, lambda: progress.advance(task))
@@ -209,7 +211,18 @@ def _verify_suite(console: Console, run: _Run, device: torch.device) -> bool:
     cases = [case for case in run.cases if case.entry == "attention" and not case.needs_bytes]
     with _progress(console) as progress:
         task = progress.add_task("mutations", total=len(cases))
-        results = list(run.mutate(cases, device, right, lambda: progress.advance(task)))
+        told = time.monotonic()
+        begun = 0
+
+        def advance() -> None:
+            nonlocal told, begun
+            progress.advance(task)
+            begun += 1
+            if not console.is_terminal and time.monotonic() - told >= LOG_SECONDS:
+                console.print(f"at case {begun} of {len(cases)}", highlight=False)
+                told = time.monotonic()
+
+        results = list(run.mutate(cases, device, right, advance))
     _print_mutations(console, results, "plain PyTorch" if right is None else right.name)
     return all(result.as_it_should_be for result in results)
 
