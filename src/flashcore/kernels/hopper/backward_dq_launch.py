@@ -5,14 +5,14 @@ from __future__ import annotations
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorMap, TensorName
 from flashcore.kernels.hopper.backward_config import DQ_CONFIGS, DqConfig
-from flashcore.kernels.hopper.backward_factors import factor_arguments, factor_parameters
+from flashcore.kernels.hopper.backward_factors import factor_arguments
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.backward_form import specialise_form, tail_maps
 from flashcore.kernels.hopper.backward_main import padded_rows
-from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.hopper.binding import group_heads
 from flashcore.kernels.hopper.config import REGISTERS, WARPGROUP_ROWS
 from flashcore.kernels.program import Launch
-from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+from flashcore.kernels.specialisation import Specialisation
 
 KERNEL = "hopper_backward_dq"
 _MAPS: tuple[TensorName, ...] = ("q", "do", "k", "v", "dq")
@@ -55,32 +55,19 @@ def specialise(features: BackwardFeatures, config: DqConfig | None = None) -> Sp
     config = config or DQ_CONFIGS[head_dims, features.banded]
     if not config.fits(head_dims):
         raise ValueError(f"{config.name} does not fit head dims {head_dims}")
-    element = TYPE_NAMES[features.dtype]
-    consumer_registers, producer_registers = REGISTERS[config.warpgroups]
-    rows = {tensor: config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS for tensor in _MAPS}
-    parameters, tails = map_parameters(element, rows, head_dims)
-    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
-    parameters += [Parameter(name, "i32") for name in INTEGERS]
-    factors, constants = factor_parameters(softcap=features.softcap)
-    parameters += factors
-    parameters += tails
-    constants |= {
-        "WARPGROUPS": config.warpgroups,
-        "SLOTS": config.slots,
-        "Q_REGISTERS": config.q_registers,
-        "DO_REGISTERS": config.do_registers,
-        "HAS_LO": features.banded,
-        "HAS_HI": features.banded,
-        "CONSUMER_REGISTERS": consumer_registers,
-        "PRODUCER_REGISTERS": producer_registers,
-    }
-    return Specialisation(
-        kernel=KERNEL,
-        name=f"{KERNEL}-{features.name}-{config.name}",
-        parameters=tuple(parameters),
-        constants=tuple(sorted(constants.items())),
-        num_warps=4,
-        num_stages=1,
+    return specialise_form(
+        KERNEL,
+        features,
+        config.name,
+        rows={tensor: config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS for tensor in _MAPS},
+        integers=INTEGERS,
+        registers=REGISTERS[config.warpgroups],
+        constants={
+            "WARPGROUPS": config.warpgroups,
+            "SLOTS": config.slots,
+            "Q_REGISTERS": config.q_registers,
+            "DO_REGISTERS": config.do_registers,
+        },
     )
 
 
@@ -92,7 +79,7 @@ def launch(spec: BackwardSpec) -> Launch:
     first, last = call.attended_keys
     queries = (call.batch, call.heads_q, call.seqlen_q)
     keys = (call.batch, call.heads_k, last - first)
-    maps = {
+    maps: dict[TensorName, TensorMap] = {
         "q": TensorMap("q", (*queries, call.head_dim), (*call.q_strides, 1)),
         "do": TensorMap("do", (*queries, call.head_dim_v), (*spec.do_strides, 1)),
         "k": TensorMap("k", (*keys, call.head_dim), (*call.k_strides, 1), first * call.k_strides[2]),
@@ -118,6 +105,6 @@ def launch(spec: BackwardSpec) -> Launch:
             call.seqlen_k if call.band.hi is None else min(call.seqlen_k, call.band.hi - first),
             group_heads(call),
             *factor_arguments(call),
-            *(maps[p.name.removesuffix("_tail_map")] for p in specialisation.parameters if p.name.endswith("_tail_map")),
+            *tail_maps(specialisation, maps),
         ),
     )

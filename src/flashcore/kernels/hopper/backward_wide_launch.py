@@ -5,12 +5,12 @@ from __future__ import annotations
 from flashcore.backward_spec import BackwardSpec
 from flashcore.kernels.arguments import Pointer, TensorName
 from flashcore.kernels.hopper.backward_config import WIDE_CONFIGS, WideConfig
-from flashcore.kernels.hopper.backward_factors import factor_arguments, factor_parameters
+from flashcore.kernels.hopper.backward_factors import factor_arguments
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
+from flashcore.kernels.hopper.backward_form import specialise_form, tail_maps
 from flashcore.kernels.hopper.backward_main import INTEGERS, REGISTERS, WARPGROUP_KEYS, integers, tensor_maps
-from flashcore.kernels.hopper.backward_maps import map_parameters
 from flashcore.kernels.program import Launch
-from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+from flashcore.kernels.specialisation import Specialisation
 
 KERNEL = "hopper_backward_wide"
 # The files that a binary is made of.
@@ -44,30 +44,14 @@ def specialise(features: BackwardFeatures, config: WideConfig | None = None) -> 
     config = config or WIDE_CONFIGS[head_dims]
     if not config.fits(head_dims):
         raise ValueError(f"{config.name} does not fit head dims {head_dims}")
-    element = TYPE_NAMES[features.dtype]
-    consumer_registers, producer_registers = REGISTERS
-    rows = {tensor: config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS for tensor in _MAPS}
-    parameters, tails = map_parameters(element, rows, head_dims)
-    parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
-    parameters += [Parameter(name, "i32") for name in INTEGERS]
-    factors, constants = factor_parameters(softcap=features.softcap)
-    parameters += factors
-    parameters += tails
-    constants |= {
-        "SLOTS": config.slots,
-        "EXCHANGED": config.exchanged,
-        "HAS_LO": features.banded,
-        "HAS_HI": features.banded,
-        "CONSUMER_REGISTERS": consumer_registers,
-        "PRODUCER_REGISTERS": producer_registers,
-    }
-    return Specialisation(
-        kernel=KERNEL,
-        name=f"{KERNEL}-{features.name}-{config.name}",
-        parameters=tuple(parameters),
-        constants=tuple(sorted(constants.items())),
-        num_warps=4,
-        num_stages=1,
+    return specialise_form(
+        KERNEL,
+        features,
+        config.name,
+        rows={tensor: config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS for tensor in _MAPS},
+        integers=INTEGERS,
+        registers=REGISTERS,
+        constants={"SLOTS": config.slots, "EXCHANGED": config.exchanged},
     )
 
 
@@ -87,6 +71,6 @@ def launch(spec: BackwardSpec) -> Launch:
             Pointer("delta"),
             *integers(spec, config.block_m),
             *factor_arguments(call),
-            *(maps[tensor] for tensor in _MAPS if f"{tensor}_tail_map" in {p.name for p in specialisation.parameters}),
+            *tail_maps(specialisation, maps),
         ),
     )
