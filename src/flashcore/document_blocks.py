@@ -26,6 +26,7 @@ from flashcore.document_ladder_blocks import debug_views, ladder, ladder_bar, la
 from flashcore.document_parts import NOTHING, each, origin, place, recorded, sources_of, table
 from flashcore.environment import Environment
 from flashcore.errors import ArgumentValueError
+from flashcore.evidence.build import BACKWARD, EARLIER_BACKWARD
 from flashcore.kernels.registry import KERNELS, SHIPPED_ARCHS, Kernel
 from flashcore.ladder.steps import STEPS
 from flashcore.search.report import SearchReport
@@ -98,9 +99,9 @@ class WheelCheck(BaseModel):
 def support() -> str:
     """Which GPUs have binaries, how far these are backed, and what a call may ask for."""
     rows = [_support_row(kernel, arch) for kernel in KERNELS.values() if kernel.computes for arch in kernel.archs]
-    records = [path for name in ("verify", "verify-bwd") for path in recorded(name)]
+    records = [path for name in ("verify", BACKWARD.removesuffix(".json")) for path in recorded(name)]
     origins = [f"verified: {_verify_origin(path, _read_verify(path))}" for path in records]
-    earlier = [_verify_origin(path, _read_verify(path)) for path in recorded("verify-bwd-*")]
+    earlier = [_verify_origin(path, _read_verify(path)) for path in recorded(EARLIER_BACKWARD.removesuffix(".json"))]
     origins += [f"verified, of binaries that are still the same, byte for byte: {one}" for one in earlier]
     return "\n".join(
         (

@@ -181,8 +181,10 @@ def test_an_earlier_record_of_gradients_stands_for_the_binaries_that_are_the_sam
     later = make_index(tmp_path)
     other = BinaryRecord(kernel="portable_backward_dq", specialisation="dq-other", passed=("tiny", "small"), failed=())
     sources = {**ENVIRONMENT.kernel_sources, "portable_backward_dq": "0" * 64}
+    # and of a binary that both have, the later one's word stands
+    same = BinaryRecord(kernel="portable_backward_dq", specialisation="dq", passed=("tiny", "small", "large"), failed=())
     earlier = _backward_record(
-        binaries={"e" * 64: other}, environment=ENVIRONMENT.model_copy(update={"kernel_sources": sources})
+        binaries={"e" * 64: other, BAD: same}, environment=ENVIRONMENT.model_copy(update={"kernel_sources": sources})
     )
     path = tmp_path / "verify-bwd-earlier.json"
     path.write_text(earlier.model_dump_json())

@@ -156,7 +156,8 @@ def test_tiles_beyond_whole_rounds_are_shared_where_that_is_worth_it(make_spec: 
 def test_heads_are_taken_together_as_l2_has_room(make_spec: MakeSpec) -> None:
     def group(heads_q: int, heads_k: int, seqlen: int, deterministic: bool = False, **options: Any) -> int:
         call = make_spec(4, heads_q, heads_k, seqlen, seqlen, 128, 128, **options)
-        return main.group_heads(_backward(call, deterministic=deterministic), 132)
+        features = main.MainFeatures.of(_backward(call, deterministic=deterministic), fused=True)
+        return main.group_heads(call, features, 132)
 
     # queries and gradients in 2 bytes, sums in 4: a kilobyte a row, of 32 MB
     assert group(16, 16, 4096, causal=True) == 8

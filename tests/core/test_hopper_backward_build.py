@@ -35,11 +35,15 @@ def _values(spec: BackwardSpec) -> dict[str, Argument]:
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The kernel's own arithmetic (kernels/hopper/tiles.py) on Python's integers."""
+    """The kernel's own arithmetic (kernels/hopper/tiles.py, backward_turns.py) on Python's integers."""
+    import flashcore.kernels.hopper.backward_turns as turns
     import flashcore.kernels.hopper.tiles as source
 
-    monkeypatch.setattr(source, "gl", SimpleNamespace(minimum=min, maximum=max))
-    return SimpleNamespace(**{name: getattr(source.Tiles, name).fn for name in ("locate", "visited", "unmasked")})
+    gl = SimpleNamespace(minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b)
+    for module in (source, turns):
+        monkeypatch.setattr(module, "gl", gl)
+    found = {name: getattr(source.Tiles, name).fn for name in ("locate", "visited", "unmasked")}
+    return SimpleNamespace(**found, turn=turns._turn.fn)
 
 
 @pytest.mark.parametrize("head_dim", main.BLOCK_ROWS)
@@ -75,9 +79,13 @@ def test_every_pair_that_takes_part_is_visited_once(
         assert sorted(places) == sorted((n * KEYS, b, h) for n in range(tiles_per_head) for b in range(2) for h in range(2))
         assert launch.grid == min(132, len(places))
         visits = np.zeros((tiles_per_head * KEYS, values["blocks_per_head"] * rows_of_block), dtype=int)
+        turns = [0] * int(values["blocks_per_head"])
         for n0 in range(0, tiles_per_head * KEYS, KEYS):
             begin, end = tiles.visited(given, n0)
             assert 0 <= begin < end <= values["blocks_per_head"]
+            # where tiles add in turn: how many of the head's have visited the block before
+            assert [tiles.turn(SimpleNamespace(tiles=given), n0, block) for block in range(begin, end)] == turns[begin:end]
+            turns[begin:end] = [turn + 1 for turn in turns[begin:end]]
             visits[n0 : n0 + KEYS, begin * rows_of_block : end * rows_of_block] += 1
             for key0 in (n0, n0 + main.WARPGROUP_KEYS):
                 plain_begin, plain_end = tiles.unmasked(given, key0, main.WARPGROUP_KEYS) if has_limit else (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import warnings
@@ -142,12 +143,16 @@ def _verify_implementations(console: Console, run: _Run, device: torch.device, r
     with _progress(console) as progress:
         total = len(run.cases) * len(names)
         task = progress.add_task("verify", total=total)
-        told = time.monotonic()
+        log = _Log(console)
         for result in run_suite(run.cases, run.implementations, device, run.steps):
             results.append(result)
             progress.update(task, advance=1, description=result.case.name)
-            if not console.is_terminal:
-                told = _log(console, results, total, told)
+            if result.verdict == "failed":
+                # once more at the end, with what the others did
+                log.say(f"{result.implementation}: {result.case.name} fails: {result.reason}")
+            if log.due():
+                counted = f"{len(results)} of {total} done ({_counts_text(results)})"
+                log.say(f"{counted}, at {result.implementation}: {result.case.name}")
     backward = ", backward" if run.direction == "bwd" else ""
     _print_results(console, results, names, f"{', '.join(names)} on {target.name}{backward}")
     if record is not None:
@@ -168,22 +173,24 @@ def _verify_implementations(console: Console, run: _Run, device: torch.device, r
     return any(r.verdict == "passed" for r in results) and all(r.verdict != "failed" for r in results)
 
 
-def _log(console: Console, results: Sequence[CaseResult], total: int, told: float) -> float:
-    """Where there is no terminal: the last result if it failed, and now and then how far the run is.
+class _Log:
+    """What a run says on its way where no terminal has a bar, so that the log of one that was cut off says what it found."""
 
-    So the log of a run that was cut off says what it found. Returns when it was last said how far the run is.
-    """
-    last = results[-1]
-    if last.verdict == "failed":
-        # once more at the end, with what the others did
-        console.print(
-            f"{last.implementation}: {last.case.name} fails: {last.reason}", markup=False, highlight=False, soft_wrap=True
-        )
-    if time.monotonic() - told < LOG_SECONDS:
-        return told
-    line = f"{len(results)} of {total} done ({_counts_text(results)}), at {last.implementation}: {last.case.name}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return time.monotonic()
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to say how far the run is; then not again for LOG_SECONDS."""
+        due = time.monotonic() - self._told >= LOG_SECONDS
+        if due:
+            self._told = time.monotonic()
+        return due
+
+    def say(self, line: str) -> None:
+        """Print a line, but to a terminal."""
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _compile_ahead(console: Console, run: _Run, target: Target) -> None:
@@ -193,8 +200,8 @@ def _compile_ahead(console: Console, run: _Run, target: Target) -> None:
     if target.arch is None:
         return
     needed = missing((one for i in run.implementations for case in run.cases for one in i.binaries(case, target)), target)
-    if needed and not console.is_terminal:
-        console.print(f"compiling {len(needed)} binaries", highlight=False)
+    if needed:
+        _Log(console).say(f"compiling {len(needed)} binaries")
     with _progress(console) as progress:
         task = progress.add_task("compile", total=len(needed))
         failed = compile_ahead(needed, target, lambda: progress.advance(task))
@@ -211,16 +218,13 @@ def _verify_suite(console: Console, run: _Run, device: torch.device) -> bool:
     cases = [case for case in run.cases if case.entry == "attention" and not case.needs_bytes]
     with _progress(console) as progress:
         task = progress.add_task("mutations", total=len(cases))
-        told = time.monotonic()
-        begun = 0
+        log, begun = _Log(console), itertools.count(1)
 
         def advance() -> None:
-            nonlocal told, begun
             progress.advance(task)
-            begun += 1
-            if not console.is_terminal and time.monotonic() - told >= LOG_SECONDS:
-                console.print(f"at case {begun} of {len(cases)}", highlight=False)
-                told = time.monotonic()
+            at = next(begun)
+            if log.due():
+                log.say(f"at case {at} of {len(cases)}")
 
         results = list(run.mutate(cases, device, right, advance))
     _print_mutations(console, results, "plain PyTorch" if right is None else right.name)

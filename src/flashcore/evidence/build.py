@@ -58,7 +58,8 @@ def make_index(folder: Path) -> Index:
         ran = {binary.kernel for binary in passed.values()} | {kernel.id for kernel in KERNELS.values() if not kernel.computes}
         found = record.environment.kernel_sources
         sources |= {kernel: source for kernel, source in found.items() if kernel in ran and kernel not in sources}
-        verified |= {sha256: (binary.specialisation or "", len(binary.passed)) for sha256, binary in passed.items()}
+        # of a binary the first record that names it speaks: an earlier one adds what nobody else has
+        verified = {sha256: (binary.specialisation or "", len(binary.passed)) for sha256, binary in passed.items()} | verified
     measured = artifacts(folder)
     return Index(
         gpu=gpu.name,

@@ -56,13 +56,13 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
     if not (spec.dq or spec.dkv):
         return Program(())
     call = spec.call
-    fused = spec.dq and spec.dkv and not _is_wide(spec)
+    fused = _is_fused(spec)
     heads, rows = call.batch * call.heads_q, main.padded_rows(call.seqlen_q)
     shared = main.shared_tiles(spec, sm_count)[0] if fused else 0
-    launches = [_prepare(spec, shared, fused=fused)]
+    launches = [_prepare(spec, shared)]
     workspaces = [Workspace("row_lse", (heads, rows), torch.float32), Workspace("delta", (heads, rows), torch.float32)]
-    if _progress_size(spec, fused=fused):
-        workspaces.append(Workspace("progress", (_progress_size(spec, fused=fused),), torch.int32))
+    if progress_size := _progress_size(spec):
+        workspaces.append(Workspace("progress", (progress_size,), torch.int32))
     if spec.dkv:
         launches.append(wide.launch(spec) if _is_wide(spec) else main.launch(spec, sm_count, fused=fused))
     if fused:
@@ -77,22 +77,24 @@ def program(spec: BackwardSpec, arch: str, sm_count: int) -> Program:
     return Program(tuple(launches), tuple(workspaces))
 
 
-def _progress_size(spec: BackwardSpec, *, fused: bool) -> int:
+def _progress_size(spec: BackwardSpec) -> int:
     """Numbers of the progress that a pass keeps, as backward_shared.py has them."""
     call = spec.call
-    if fused:
-        rows, block_rows = main.padded_rows(call.seqlen_q), main.BLOCK_ROWS[_head_dims(spec)[0]]
-        counts = rows // FRAGMENT + (rows // block_rows if spec.deterministic else 0)
-        return 1 + call.batch * (call.heads_k + call.heads_q * counts)
-    return int(spec.dkv and not _is_wide(spec))
+    if not _is_fused(spec):
+        return int(spec.dkv and not _is_wide(spec))
+    features, rows = main.MainFeatures.of(spec, fused=True), main.padded_rows(call.seqlen_q)
+    counts = rows // FRAGMENT + (rows // main.BLOCK_ROWS[features.head_dim] if features.ordered else 0)
+    return 1 + call.batch * (call.heads_k + call.heads_q * counts)
 
 
 def reproducible(spec: BackwardSpec) -> bool:
-    """Whether the program of a pass gives bitwise equal results run to run, asked for or not.
+    """Whether the program of a pass gives bitwise equal results run to run, asked for or not."""
+    return spec.deterministic or not _is_fused(spec)
 
-    Where heads are wide nothing is fused: a thread has no registers for sums of all three gradients.
-    """
-    return spec.deterministic or not (spec.dq and spec.dkv) or _is_wide(spec)
+
+def _is_fused(spec: BackwardSpec) -> bool:
+    """Whether one kernel makes all three gradients. Not where heads are wide: a thread has no registers for all their sums."""
+    return spec.dq and spec.dkv and not _is_wide(spec)
 
 
 def _head_dims(spec: BackwardSpec) -> tuple[int, int]:
@@ -162,7 +164,7 @@ def _prepared_rows(head_dim: int) -> int:
     return PREPARED_ELEMENTS // head_dim
 
 
-def _prepare(spec: BackwardSpec, shared: int, *, fused: bool) -> Launch:
+def _prepare(spec: BackwardSpec, shared: int) -> Launch:
     call = spec.call
     head_dim, rows = _head_dims(spec)[1], main.padded_rows(call.seqlen_q)
     return Launch(
@@ -178,9 +180,9 @@ def _prepare(spec: BackwardSpec, shared: int, *, fused: bool) -> Launch:
             call.head_dim_v,
             Factors.of(call).lse,
             int(spec.dlse),
-            int(fused),
+            int(_is_fused(spec)),
             shared * 4 * (head_dim // FRAGMENT),
-            _progress_size(spec, fused=fused),
+            _progress_size(spec),
         ),
     )
 

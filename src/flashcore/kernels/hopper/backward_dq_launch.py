@@ -51,14 +51,11 @@ def specialise(features: BackwardFeatures, config: DqConfig | None = None) -> Sp
     Raises:
         ValueError: the form does not fit the GPU.
     """
-    head_dims = features.head_dims
-    config = config or DQ_CONFIGS[head_dims, features.banded]
-    if not config.fits(head_dims):
-        raise ValueError(f"{config.name} does not fit head dims {head_dims}")
+    config = config or DQ_CONFIGS[features.head_dims, features.banded]
     return specialise_form(
         KERNEL,
         features,
-        config.name,
+        config,
         rows={tensor: config.block_n if tensor in ("k", "v") else WARPGROUP_ROWS for tensor in _MAPS},
         integers=INTEGERS,
         registers=REGISTERS[config.warpgroups],

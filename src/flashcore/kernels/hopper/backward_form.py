@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from flashcore.kernels.arguments import TensorMap, TensorName
 from flashcore.kernels.hopper.backward_factors import factor_parameters
 from flashcore.kernels.hopper.backward_features import BackwardFeatures
-from flashcore.kernels.hopper.head_dims import tile_columns
+from flashcore.kernels.hopper.head_dims import HeadDims, tile_columns
 from flashcore.kernels.specialisation import TYPE_NAMES, Parameter, Specialisation
+
+
+class Form(Protocol):
+    """How a kernel does its work, of which its table has one for each head dim."""
+
+    @property
+    def name(self) -> str: ...
+
+    def fits(self, head_dims: HeadDims) -> bool: ...
 
 
 def specialise_form(
     kernel: str,
     features: BackwardFeatures,
-    form: str,
+    form: Form,
     *,
     rows: Mapping[TensorName, int],
     integers: Sequence[str],
     registers: tuple[int, int],
     constants: Mapping[str, int | bool],
 ) -> Specialisation:
-    """The binary of a kernel for these features in the form of this name, whose own constants are given.
+    """The binary of a kernel for these features in a form whose own constants are given.
 
     rows: of each tensor's tiles, in the order of the kernel's maps; integers: the names of its numbers; registers: of a thread
     of the consumers, and of the producer.
+
+    Raises:
+        ValueError: the form does not fit the GPU.
     """
+    if not form.fits(features.head_dims):
+        raise ValueError(f"{form.name} does not fit head dims {features.head_dims}")
     parameters, tails = _map_parameters(TYPE_NAMES[features.dtype], rows, features.head_dims)
     parameters += [Parameter(f"{tensor}_ptr", "*fp32", 16) for tensor in ("row_lse", "delta")]
     parameters += [Parameter(name, "i32") for name in integers]
@@ -34,7 +49,7 @@ def specialise_form(
     setmaxnreg = dict(zip(("CONSUMER_REGISTERS", "PRODUCER_REGISTERS"), registers, strict=True))
     return Specialisation(
         kernel=kernel,
-        name=f"{kernel}-{features.name}-{form}",
+        name=f"{kernel}-{features.name}-{form.name}",
         parameters=(*parameters, *factors, *tails),
         constants=tuple(sorted((absent | banded | setmaxnreg | dict(constants)).items())),
         num_warps=4,
@@ -59,7 +74,6 @@ def _map_parameters(
 
 
 def tail_maps(specialisation: Specialisation, maps: Mapping[TensorName, TensorMap]) -> list[TensorMap]:
-    """The maps once more that fill the parameters of tails, which read other columns of the same tensors."""
-    suffix = "_tail_map"
-    tails = [p.name.removesuffix(suffix) for p in specialisation.parameters if p.name.endswith(suffix)]
-    return [tensor_map for name in tails for tensor, tensor_map in maps.items() if tensor == name]
+    """Those of a kernel's maps, in its order, that fill the parameters of tails, which are of other columns."""
+    names = {parameter.name for parameter in specialisation.parameters}
+    return [tensor_map for tensor, tensor_map in maps.items() if f"{tensor}_tail_map" in names]

@@ -217,17 +217,15 @@ def integers(spec: BackwardSpec, block_rows: int, group: int = 1) -> tuple[int, 
     )
 
 
-def group_heads(spec: BackwardSpec, sm_count: int) -> int:
+def group_heads(call: AttentionSpec, features: MainFeatures, sm_count: int) -> int:
     """Heads of keys whose tiles are taken together; one where all tiles are as long and none waits for another of its head."""
-    call = spec.call
-    banded = needs_band(call)
-    if not banded and not spec.deterministic:
+    if not features.banded and not features.ordered:
         return 1
     heads, heads_per_kv = call.batch * call.heads_k, call.heads_q // call.heads_k
     bytes_of_row = heads_per_kv * ((call.head_dim + call.head_dim_v) * call.dtype.itemsize + call.head_dim * 4)
-    if spec.deterministic:
+    if features.ordered:
         # in a group of n heads a tile is n / sm_count of a tile's length ahead of the next
-        fit = math.isqrt(int(TRAIL_BYTES[banded] * sm_count / (_rows_of_a_key(call) * bytes_of_row)))
+        fit = math.isqrt(int(TRAIL_BYTES[features.banded] * sm_count / (_rows_of_a_key(call) * bytes_of_row)))
     else:
         fit = GROUP_BYTES // (call.seqlen_q * bytes_of_row)
     # every block has a tile of a group, because the last group begins with long tiles
@@ -271,7 +269,8 @@ def shared_tiles(spec: BackwardSpec, sm_count: int) -> tuple[int, int]:
 
 def launch(spec: BackwardSpec, sm_count: int, *, fused: bool) -> Launch:
     """The launch of a pass: dk and dv, and sums of dq where it is fused. One block a multiprocessor, at most one a tile."""
-    call, features, group = spec.call, MainFeatures.of(spec, fused=fused), group_heads(spec, sm_count)
+    call, features = spec.call, MainFeatures.of(spec, fused=fused)
+    group = group_heads(call, features, sm_count)
     items = key_tiles(call) * call.batch * call.heads_k
     maps = list(tensor_maps(spec).values())
     pointers: list[TensorName] = ["row_lse", "delta", "dq_sum"]

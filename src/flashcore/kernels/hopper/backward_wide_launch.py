@@ -40,14 +40,11 @@ def specialise(features: BackwardFeatures, config: WideConfig | None = None) -> 
     Raises:
         ValueError: the form does not fit the GPU.
     """
-    head_dims = features.head_dims
-    config = config or WIDE_CONFIGS[head_dims]
-    if not config.fits(head_dims):
-        raise ValueError(f"{config.name} does not fit head dims {head_dims}")
+    config = config or WIDE_CONFIGS[features.head_dims]
     return specialise_form(
         KERNEL,
         features,
-        config.name,
+        config,
         rows={tensor: config.block_m if tensor in ("q", "do") else WARPGROUP_KEYS for tensor in _MAPS},
         integers=INTEGERS,
         registers=REGISTERS,
